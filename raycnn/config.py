@@ -1,0 +1,363 @@
+"""One frozen schema per verb: the Python keyword arguments, the flags, the YAML keys and their documentation.
+
+A field's docstring is its help text; its default stands here and nowhere else.
+Precedence, lowest first: default, file, environment (`RAYCNN_<VERB>_<FIELD>`), flag.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raycnn.errors import ConfigError
+
+MIB = 1024 * 1024
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+
+class ImageSpec(_Frozen):
+    """What a model's input looks like. It belongs to the bundle: labeling and serving cannot override it."""
+
+    height: int = Field(224, ge=1, le=4096)
+    """Height of the pixels in px."""
+    width: int = Field(224, ge=1, le=4096)
+    """Width of the pixels in px."""
+    channels: Literal[1, 3] = 3
+    """1 for grayscale, 3 for RGB."""
+    crop: float = Field(0.875, gt=0, le=1)
+    """Share of the largest centred box of the model's aspect ratio that is kept (torchvision: 224/256)."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean per channel of pixels in [0, 1]; subtracted inside the model."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation per channel of pixels in [0, 1]; divided by inside the model."""
+
+    @model_validator(mode="after")
+    def _one_number_per_channel(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std need {self.channels} numbers each, one per channel")
+        return self
+
+
+class Limits(_Frozen):
+    """Caps that are checked before memory is taken for an image."""
+
+    max_bytes: int = Field(64 * MIB, ge=1)
+    """Largest encoded image in bytes."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Largest width x height in px, read from the header."""
+
+
+class VerbConfig(_Frozen):
+    """What every verb's schema has in common."""
+
+    verb: ClassVar[str]
+    positional: ClassVar[tuple[str, ...]] = ()
+    """The fields that the command line also takes without a flag, in this order."""
+
+
+class PackConfig(VerbConfig):
+    """Turn any layout of images into packed Parquet shards with a manifest."""
+
+    verb: ClassVar[str] = "pack"
+    positional: ClassVar[tuple[str, ...]] = ("src", "dst")
+
+    src: str
+    """Images: a folder or s3:// prefix of any known layout (class folders, split/class folders, CSV, JSONL or
+    Parquet lists, Hugging Face Parquet, WebDataset tars, IDX files, or a flat prefix)."""
+    dst: str
+    """Where the packed data set goes: a folder or s3:// prefix."""
+    val: float = Field(0.1, ge=0, lt=1)
+    """Share of the images that becomes the validation split, where the source does not name one."""
+    test: float = Field(0.1, ge=0, lt=1)
+    """Share of the images that becomes the test split, where the source does not name one."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of keys to leave out."""
+    shard_mib: int = Field(128, ge=1, le=256)
+    """Aimed size of a shard in MiB."""
+    seed: int = 0
+    """Decides the order in which images are mixed."""
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError("val + test must be below 1, so that something is left to train on")
+        return self
+
+
+class TrainConfig(VerbConfig):
+    """Train a classifier, data-parallel, and leave a bundle."""
+
+    verb: ClassVar[str] = "train"
+    positional: ClassVar[tuple[str, ...]] = ("data", "run")
+
+    data: str
+    """A packed data set, or any layout that `raycnn pack` reads."""
+    run: str
+    """The run folder: bundle, checkpoints, metrics. The same command again resumes it."""
+    model: str = "classic"
+    """`classic`, a torchvision classification model, or `timm/NAME`."""
+    weights: str | None = None
+    """Start from these weights: a .safetensors file, a state dict, or a torchvision weights name (DEFAULT)."""
+    image_size: int | Literal["auto"] = "auto"
+    """Side of the model's input in px; auto: the images' own size if all are equal and at most 64, else 224."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training split."""
+    batch_size: int = Field(64, ge=1)
+    """Images per optimizer step, over all workers together."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak of the schedule, which warms up linearly and then falls to zero as a cosine."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay; not applied to biases and normalisation."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread over all classes."""
+    crop_scale: float = Field(0.8, gt=0, le=1)
+    """Smallest share of an image that a random training box covers; 1 trains on the same box as evaluation."""
+    seed: int = 0
+    """Decides initial weights, order and augmentation."""
+    num_workers: int = Field(1, ge=1)
+    """Training workers; one per GPU in production."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has a GPU for every worker."""
+    max_failures: int = Field(3, ge=0)
+    """How often a dead worker is replaced before the run gives up."""
+    max_bad: float = Field(0.05, ge=0, le=1)
+    """Share of unreadable training images above which the run stops."""
+
+
+class EvaluateConfig(VerbConfig):
+    """Count how a bundle does on labelled images: every row exactly once."""
+
+    verb: ClassVar[str] = "evaluate"
+    positional: ClassVar[tuple[str, ...]] = ("bundle", "data")
+
+    bundle: str
+    """The bundle to evaluate."""
+    data: str
+    """A packed data set, or any labelled layout."""
+    split: str = "auto"
+    """train, val, test or all; auto: test if there is one, else val, else all."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of keys to leave out."""
+
+
+class LabelConfig(VerbConfig):
+    """Give every image exactly one label row."""
+
+    verb: ClassVar[str] = "label"
+    positional: ClassVar[tuple[str, ...]] = ("data", "out")
+
+    data: str
+    """Images: a packed data set, or any layout that `raycnn pack` reads."""
+    out: str
+    """Where the labels go: a folder or s3:// prefix. The same command again resumes, or finds nothing to do."""
+    bundle: str
+    """The bundle that predicts."""
+    split: str = "all"
+    """train, val, test or all."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of keys to leave out."""
+    top_k: int = Field(5, ge=1, le=100)
+    """How many classes a row lists, best first."""
+    single_driver: bool = False
+    """Accept a store without conditional PUT: you promise that no other run writes to this output."""
+    accept_unreadable: bool = False
+    """Write rows with status `unreadable` for a shard that cannot be read or was replaced, instead of stopping."""
+
+
+class VerifyConfig(VerbConfig):
+    """Prove a label output from the outside."""
+
+    verb: ClassVar[str] = "verify"
+    positional: ClassVar[tuple[str, ...]] = ("out",)
+
+    out: str
+    """The output of `raycnn label`."""
+    deep: bool = False
+    """List the inputs again and compare them with the plan, too."""
+
+
+class ServeConfig(VerbConfig):
+    """Serve bundles over HTTP with Ray Serve."""
+
+    verb: ClassVar[str] = "serve"
+
+    bundle: tuple[str, ...] = Field(min_length=1)
+    """The bundle to serve; [NAME=]BUNDLE, and again for more of them."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the endpoint to the network, which has no authentication."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port to listen on."""
+    replicas: int = Field(1, ge=1)
+    """Copies of each model."""
+    max_queued: int = Field(256, ge=1)
+    """Requests waiting for a model before further ones are answered 503."""
+    max_bytes: int = Field(16 * MIB, ge=1)
+    """Largest request body in bytes; more is answered 413."""
+
+    @field_validator("bundle", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        """`serve run raycnn.serving:app bundle=DIR` gives a string."""
+        return (value,) if isinstance(value, str) else value
+
+
+class ImportConfig(VerbConfig):
+    """Make a bundle from a known architecture and its weights."""
+
+    verb: ClassVar[str] = "import"
+    positional: ClassVar[tuple[str, ...]] = ("model", "dst")
+
+    model: str
+    """`classic`, a torchvision classification model, or `timm/NAME`."""
+    dst: str
+    """Where the bundle goes."""
+    weights: str
+    """A .safetensors file, a state dict, or a torchvision weights name such as DEFAULT."""
+    classes: str = "imagenet"
+    """A text file with one class name a line, in the order of the model's outputs; or `imagenet`."""
+    image_size: int = Field(224, ge=1, le=4096)
+    """Side of the model's input in px."""
+
+
+class DemoConfig(VerbConfig):
+    """Everything once, on real images, with no network and no account."""
+
+    verb: ClassVar[str] = "demo"
+
+    dir: str = "raycnn-demo"
+    """Folder for all that the demo makes."""
+    data: str = "digits"
+    """`digits`, `fashion-mnist`, or a folder of labelled images."""
+    store: str | None = None
+    """Use this folder as the store, instead of a local S3 server."""
+
+
+C = TypeVar("C", bound=VerbConfig)
+
+
+def make(schema: type[C], values: Mapping[str, Any]) -> C:
+    """The validated configuration, or ConfigError naming the nearest valid key or the offending value."""
+    for key in values:
+        if key not in schema.model_fields:
+            raise ConfigError(f"{schema.verb}: unknown key {key!r}{nearest(key, schema.model_fields)}")
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        raise ConfigError(f"{schema.verb}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: {message}, got {first['input']!r}" if where else message
+
+
+def nearest(word: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
+    """` (did you mean 'epochs'?)`, or nothing where no known word is near."""
+    close = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def from_environment(schema: type[VerbConfig], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The fields that `RAYCNN_<VERB>_<FIELD>` sets; tuples are separated by commas when validated."""
+    prefix = f"RAYCNN_{schema.verb.upper()}_"
+    found: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        value = environ.get(prefix + name.upper())
+        if value is not None:
+            is_tuple = str(field.annotation).startswith("tuple")
+            found[name] = tuple(value.split(",")) if is_tuple else value
+    return found
+
+
+def from_file(schema: type[VerbConfig], path: str) -> dict[str, Any]:
+    """The keys of a YAML file (a recipe)."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines for {schema.verb}")
+    return values
+
+
+def to_yaml(config: VerbConfig) -> str:
+    """The resolved configuration as YAML, to be saved beside an output."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class Verb(NamedTuple):
+    """One verb: its schema, and where its implementation lies (imported when it is called)."""
+
+    schema: type[VerbConfig]
+    module: str
+    function: str
+
+    def load(self) -> Callable[..., Any]:
+        """The function that takes the configuration and returns the verb's report (a dataclass)."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(DemoConfig, "raycnn.demo", "demo"),
+    "pack": Verb(PackConfig, "raycnn.packing", "pack"),
+    "train": Verb(TrainConfig, "raycnn.training", "train"),
+    "evaluate": Verb(EvaluateConfig, "raycnn.evaluating", "evaluate"),
+    "label": Verb(LabelConfig, "raycnn.labeling", "label"),
+    "verify": Verb(VerifyConfig, "raycnn.ledger", "verify"),
+    "serve": Verb(ServeConfig, "raycnn.serving", "serve"),
+    "import": Verb(ImportConfig, "raycnn.bundle", "import_model"),
+}
+
+
+def callable_verb(verb: Verb, name: str) -> Callable[..., Any]:
+    """The verb as a Python function: positional arguments fill the schema's fields in their order."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        fields = list(verb.schema.model_fields)
+        if len(args) > len(fields):
+            raise ConfigError(f"{name}: at most {len(fields)} arguments, got {len(args)}")
+        values = dict(zip(fields, args, strict=False))
+        if twice := values.keys() & kwargs.keys():
+            raise ConfigError(f"{name}: {sorted(twice)[0]} is given twice")
+        return verb.load()(make(verb.schema, values | kwargs))
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = verb.schema.__doc__
+    call.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [
+            inspect.Parameter(
+                field,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=inspect.Parameter.empty if info.is_required() else info.default,
+                annotation=info.annotation,
+            )
+            for field, info in sorted(verb.schema.model_fields.items(), key=lambda f: not f[1].is_required())
+        ]
+    )
+    return call

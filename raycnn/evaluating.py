@@ -1,0 +1,148 @@
+"""`raycnn evaluate`: how a bundle does on labelled images, every row exactly once on any number of workers."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raycnn import bundle as bundles
+from raycnn import data
+from raycnn.config import EvaluateConfig
+from raycnn.errors import Bad, DataError
+from raycnn.metrics import Metrics
+from raycnn.predictor import Predictor
+from raycnn.shards import Collection, Slice, open_collection, units
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """Counts over every labelled, readable row; what else there was is in `status` and `unlabelled`."""
+
+    rows: int
+    accuracy_top1: float
+    accuracy_top5: float
+    loss: float
+    ece: float
+    per_class: list[dict[str, Any]]
+    confusion: list[list[int]]
+    split: str
+    status: dict[str, int]
+    unlabelled: int
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateReport:
+    """Count over one split.
+
+    Raises:
+        BundleError: the bundle is altered, or knows other classes than the data.
+        DataError: there is nothing to count on.
+    """
+    say = progress or (lambda event: None)
+    bundle = bundles.load(config.bundle)
+    collection = open_collection(config.data)
+    if not collection.class_names:
+        raise DataError(f"{config.data}: no labels in this {collection.layout}; evaluation needs class names")
+    bundles.check_classes(bundle, collection.class_names)
+    split = _split(config, collection)
+    pieces = list(units(collection.select(split, Counter(), config.exclude)))
+    if not pieces:
+        raise DataError(f"{config.data}: no images in split {split}")
+    data.connect()
+    now, limit = data.resources()
+    plan = data.plan_units("evaluate", now, limit, len(pieces), use_gpu=limit.gpus >= 1)
+    items = [{"slices": [list(s) for s in unit]} for unit in pieces]
+    total = sum(s.rows for unit in pieces for s in unit)
+    arguments = {"bundle": config.bundle, "data": config.data, "device": "cuda" if plan.gpus else "cpu"}
+    metrics, status, unlabelled, done = Metrics(len(bundle.class_names)), Counter[str](), 0, 0
+    for result in data.map_units(Evaluator, items, plan, arguments):
+        metrics.merge(Metrics.from_vector(_dense(result["counts"]), len(bundle.class_names)))
+        status.update(result["status"])
+        unlabelled += result["unlabelled"]
+        done += result["rows"]
+        say({"kind": "progress", "done": done, "total": total, "text": ""})
+    if not metrics.rows:
+        raise DataError(f"{config.data}: no labelled, readable image in split {split}; status: {dict(status)}")
+    return _report(metrics, bundle.class_names, split, status, unlabelled)
+
+
+def _split(config: EvaluateConfig, collection: Collection) -> str:
+    if config.split != "auto":
+        return config.split
+    return next((s for s in ("test", "val") if s in collection.splits), "all")
+
+
+def _report(
+    metrics: Metrics, class_names: tuple[str, ...], split: str, status: Counter[str], unlabelled: int
+) -> EvaluateReport:
+    per_class = [{"class_name": n, **row} for n, row in zip(class_names, metrics.per_class(), strict=True)]
+    return EvaluateReport(
+        rows=metrics.rows,
+        accuracy_top1=metrics.accuracy_top1,
+        accuracy_top5=metrics.accuracy_top5,
+        loss=metrics.loss,
+        ece=metrics.ece,
+        per_class=per_class,
+        confusion=metrics.confusion.tolist(),
+        split=split,
+        status=dict(sorted(status.items())),
+        unlabelled=unlabelled,
+    )
+
+
+class Evaluator:
+    """Lives in one Ray actor: reads, decodes and predicts one unit after another, and returns its counts."""
+
+    def __init__(self, bundle: str, data: str, device: str) -> None:
+        """Load the bundle, whose self-test runs here."""
+        torch.set_num_threads(1)
+        self._bundle = bundles.load(bundle)
+        self._predictor = Predictor(self._bundle, device)
+        self._collection = open_collection(data)
+        # Class folders may come in another order, or be fewer, than the bundle's classes.
+        self._labels = [self._bundle.class_names.index(n) for n in self._collection.class_names]
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Counts of one unit."""
+        metrics, status = Metrics(len(self._bundle.class_names)), Counter[str]()
+        slices = [Slice(*s) for s in item["slices"]]
+        rows = unlabelled = 0
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        for sample in self._collection.read(slices):
+            rows += 1
+            made = sample.bad or self._predictor.prepare(sample.encoded)
+            status["ok" if not isinstance(made, Bad) else str(made.status)] += 1
+            unlabelled += sample.label is None
+            if not isinstance(made, Bad) and sample.label is not None:
+                pixels.append(made)
+                labels.append(self._labels[sample.label])
+            if len(pixels) == BATCH:
+                self._count(metrics, pixels, labels)
+                pixels, labels = [], []
+        if pixels:
+            self._count(metrics, pixels, labels)
+        counts = _sparse(metrics.to_vector())
+        return {"rows": rows, "status": dict(status), "unlabelled": unlabelled, "counts": counts}
+
+    def _count(self, metrics: Metrics, pixels: list[np.ndarray], labels: list[int]) -> None:
+        metrics.update(self._predictor.logits(np.stack(pixels)), torch.tensor(labels))
+
+
+def _sparse(vector: torch.Tensor) -> dict[str, Any]:
+    """A unit touches few of the cells of a large confusion matrix, so only those travel."""
+    index = vector.nonzero().flatten()
+    return {"size": vector.numel(), "index": index.tolist(), "value": vector[index].tolist()}
+
+
+def _dense(counts: dict[str, Any]) -> torch.Tensor:
+    vector = torch.zeros(counts["size"], dtype=torch.float64)
+    vector[counts["index"]] = torch.tensor(counts["value"], dtype=torch.float64)
+    return vector

@@ -1,0 +1,421 @@
+"""The exactly-once protocol: plan, pending, commit, finish, verify. It knows no Ray and no images.
+
+    plan/pages/<sha256>.parquet      which slices each unit holds; content-named, written first
+    plan/g0000.json                  generation 0; created once, names its pages, selection and fingerprint
+    labels/fp=<12 hex>/part-g0000-000000.parquet     one per unit; created once: the data and the commit
+    _SUCCESS-g0000.json              created once when nothing is pending
+
+An object that exists is never written again, renamed or deleted, so there is no state to repair: pending is
+the plan less the listing. Whoever loses a race to create an object uses the winner's.
+"""
+
+import functools
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raycnn.config import VerifyConfig
+from raycnn.errors import ConfigError, DataError, RaycnnError, StorageError
+from raycnn.shards import Slice, open_collection
+from raycnn.storage import Store, open_store
+
+VERSION = 1
+PAGE_UNITS = 16
+MAX_PART_BYTES = 64 * 1024 * 1024
+
+_PAGE = pa.schema(
+    [
+        ("unit", pa.int32()),
+        ("key", pa.string()),
+        ("path", pa.string()),
+        ("size", pa.int64()),
+        ("etag", pa.string()),
+        ("first", pa.int64()),
+        ("rows", pa.int64()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("label", pa.int64()),
+    ]
+)
+
+
+class UnitRef(NamedTuple):
+    """Names one unit; small enough to be sent to a worker, which reads the slices from the page."""
+
+    generation: int
+    unit: int
+    rows: int
+    page: str
+    plan: str
+    """sha256 of the plan's bytes."""
+
+    @property
+    def name(self) -> str:
+        """The stem of the part that commits this unit."""
+        return f"part-g{self.generation:04d}-{self.unit:06d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One generation: what was to be done when it was planned. Immutable once created."""
+
+    generation: int
+    content: dict[str, Any]
+    digest: str
+
+    @property
+    def rows(self) -> int:
+        """Rows that the generation's parts hold when it is done."""
+        return self.content["rows"]
+
+    @property
+    def refs(self) -> list[UnitRef]:
+        """Every unit of the generation, in order."""
+        found: list[UnitRef] = []
+        for page in self.content["pages"]:
+            for rows in page["unit_rows"]:
+                found.append(UnitRef(self.generation, len(found), rows, page["path"], self.digest))
+        return found
+
+
+class Ledger:
+    """The plans and parts below one output URL."""
+
+    def __init__(self, store: Store, parts: str, suffix: str = ".parquet") -> None:
+        """Keep parts at `<parts>/<unit><suffix>` below the store."""
+        self.store, self.parts, self.suffix = store, parts, suffix
+
+    def plans(self) -> list[Plan]:
+        """The generations that exist, oldest first."""
+        found = []
+        while (plan := self._read_plan(len(found))) is not None:
+            found.append(plan)
+        return found
+
+    def _read_plan(self, generation: int) -> Plan | None:
+        if self.store.head(plan_path(generation)) is None:
+            return None
+        data = self.store.get(plan_path(generation))
+        content = json.loads(data)
+        if content["version"] > VERSION:
+            raise DataError(f"{self.store.url}: planned by a newer raycnn; upgrade raycnn")
+        return Plan(generation, content, hashlib.sha256(data).hexdigest())
+
+    def plan(
+        self,
+        generation: int,
+        units: Iterable[list[Slice]],
+        selection: dict[str, Any],
+        fingerprint: dict[str, Any],
+        skipped: Counter[str],
+        extra: dict[str, Any] | None = None,
+    ) -> Plan:
+        """Create the plan of a generation, or adopt the one that somebody else has just created.
+
+        Raises:
+            ConfigError: the adopted plan selects other data or was made with another fingerprint.
+        """
+        pages = [self._write_page(page) for page in _batches(units, PAGE_UNITS)]
+        content = {
+            "version": VERSION,
+            "generation": generation,
+            "selection": selection,
+            "fingerprint": fingerprint,
+            "units": sum(len(p["unit_rows"]) for p in pages),
+            "rows": sum(sum(p["unit_rows"]) for p in pages),
+            "skipped": dict(skipped),
+            "pages": pages,
+            **(extra or {}),
+        }
+        data = json.dumps(content, indent=1).encode()
+        self.store.create(plan_path(generation), data)
+        adopted = self._read_plan(generation)
+        assert adopted is not None
+        self.check(adopted, selection, fingerprint)
+        return adopted
+
+    def _write_page(self, page: list[list[Slice]]) -> dict[str, Any]:
+        columns = zip(*((i, *piece) for i, unit in enumerate(page) for piece in unit), strict=True)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, _PAGE, strict=True)]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_arrays(arrays, schema=_PAGE), sink, compression="zstd")
+        data = sink.getvalue()
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"plan/pages/{digest[:32]}.parquet"
+        self.store.create(path, data)
+        return {"path": path, "sha256": digest, "unit_rows": [sum(s.rows for s in unit) for unit in page]}
+
+    def check(self, plan: Plan, selection: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+        """Refuse to go on with a plan for other data or by another model, naming what differs.
+
+        Raises:
+            ConfigError: with the fields that differ.
+        """
+        for what, ours in (("selection", selection), ("fingerprint", fingerprint)):
+            theirs = plan.content[what]
+            differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            if differing:
+                shown = ", ".join(f"{k} (was {theirs.get(k)!r}, now {ours.get(k)!r})" for k in differing)
+                raise ConfigError(f"{self.store.url} was begun with another {what}: {shown}; use another output")
+
+    def probe(self, plan: Plan) -> None:
+        """Put the plan a second time; a store that takes it cannot keep the promise.
+
+        Raises:
+            StorageError: the store ignores the condition.
+        """
+        self.store.probe_create_once(plan_path(plan.generation), self.store.get(plan_path(plan.generation)))
+
+    def slices(self, ref: UnitRef) -> list[Slice]:
+        """What the unit holds.
+
+        Raises:
+            DataError: the page is not the one that was planned.
+        """
+        return read_page(self.store, ref.page)[ref.unit % PAGE_UNITS]
+
+    def committed(self) -> set[str]:
+        """The stems of the parts that exist."""
+        names = (e.path.rpartition("/")[2] for e in self.store.list(self.parts + "/"))
+        return {n.removesuffix(self.suffix) for n in names if n.endswith(self.suffix)}
+
+    def pending(self, plan: Plan) -> list[UnitRef]:
+        """The units of the plan whose part does not exist."""
+        committed = self.committed()
+        return [ref for ref in plan.refs if ref.name not in committed]
+
+    def path(self, ref: UnitRef) -> str:
+        """Where the unit's part lies."""
+        return f"{self.parts}/{ref.name}{self.suffix}"
+
+    def commit(self, ref: UnitRef, data: bytes) -> bool:
+        """Create the unit's part: the data and the commit in one. False: it was there already, ours is dropped."""
+        assert len(data) <= MAX_PART_BYTES, f"{ref.name}: {len(data)} bytes do not fit one PUT"
+        return self.store.create(self.path(ref), data)
+
+    def finish(self, plan: Plan, summary: dict[str, Any]) -> bool:
+        """Write the generation's success marker. False: it was there already.
+
+        Raises:
+            StorageError: a part is missing after all.
+        """
+        if left := self.pending(plan):
+            raise StorageError(f"{self.store.url}: {len(left)} units are still pending; run the same command again")
+        content = {"version": VERSION, "plan": plan.digest, "rows": plan.rows, **summary}
+        return self.store.create(success_path(plan.generation), json.dumps(content, indent=1).encode())
+
+    def success(self, generation: int) -> dict[str, Any] | None:
+        """The generation's success marker, or None while it is not finished."""
+        if self.store.head(success_path(generation)) is None:
+            return None
+        return json.loads(self.store.get(success_path(generation)))
+
+    def planned(self, plans: Iterable[Plan]) -> Iterator[Slice]:
+        """Every slice that the plans hold, in the order of each plan."""
+        for plan in plans:
+            for page in plan.content["pages"]:
+                for unit in read_page(self.store, page["path"]):
+                    yield from unit
+
+
+def plan_path(generation: int) -> str:
+    """Where a generation's plan lies."""
+    return f"plan/g{generation:04d}.json"
+
+
+def success_path(generation: int) -> str:
+    """Where a generation's success marker lies."""
+    return f"_SUCCESS-g{generation:04d}.json"
+
+
+@functools.lru_cache(maxsize=8)
+def _page_cache(url: str, path: str) -> list[list[Slice]]:
+    data = open_store(url).get(path)
+    if not path.endswith(f"/{hashlib.sha256(data).hexdigest()[:32]}.parquet"):
+        raise DataError(f"{url}/{path} was altered; the plan cannot be trusted: use a new output")
+    units: dict[int, list[Slice]] = {}
+    table = pq.read_table(io.BytesIO(data))
+    for unit, *piece in zip(*(c.to_pylist() for c in table.columns), strict=True):
+        units.setdefault(unit, []).append(Slice(*piece))
+    return [units[i] for i in sorted(units)]
+
+
+def read_page(store: Store, path: str) -> list[list[Slice]]:
+    """The units of one page; checked against the digest in its name."""
+    return _page_cache(store.url, path)
+
+
+def fingerprint_id(fingerprint: dict[str, Any]) -> str:
+    """12 hex digits that stand for a fingerprint in a path."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _batches(units: Iterable[list[Slice]], count: int) -> Iterator[list[list[Slice]]]:
+    batch: list[list[Slice]] = []
+    for unit in units:
+        batch.append(unit)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@dataclass
+class Growth:
+    """How a collection differs from what earlier generations planned."""
+
+    changed: int = 0
+    gone: int = 0
+
+
+def new_slices(listed: Iterable[Slice], planned: Iterable[Slice], growth: Growth) -> Iterator[Slice]:
+    """The listed slices that no earlier generation has; what changed or is gone is counted, not planned again."""
+    known = {_identity(s): s.etag for s in planned}
+    for piece in listed:
+        etag = known.pop(_identity(piece), None)
+        if etag is None:
+            yield piece
+        elif etag != piece.etag:
+            growth.changed += 1
+    growth.gone = len(known)
+
+
+def _identity(piece: Slice) -> bytes:
+    return hashlib.blake2b(f"{piece.path}\0{piece.first}".encode("utf-8", "surrogateescape"), digest_size=12).digest()
+
+
+LABEL_PARTS = "labels"
+
+
+def label_ledger(store: Store, fingerprint: dict[str, Any]) -> Ledger:
+    """The ledger of a label output: its parts lie below the fingerprint."""
+    return Ledger(store, f"{LABEL_PARTS}/fp={fingerprint_id(fingerprint)}")
+
+
+@dataclass
+class VerifyReport:
+    """What `raycnn verify` found, in rows; `altered` counts parts."""
+
+    expected: int = 0
+    present: int = 0
+    lost: int = 0
+    duplicate: int = 0
+    foreign: int = 0
+    altered: int = 0
+    unfinished: int = 0
+    """Units without a part: the run is not over."""
+    status: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
+    """With --deep: how the inputs differ from the plan now."""
+
+    @property
+    def error(self) -> RaycnnError | None:
+        """What to raise after the report is printed, or None where all is well."""
+        if not (self.lost or self.duplicate or self.foreign or self.altered):
+            return None
+        if self.unfinished and not (self.duplicate or self.foreign or self.altered):
+            return DataError(f"{self.unfinished} units are pending; run the same `raycnn label` command again")
+        return DataError(
+            f"lost {self.lost}, duplicate {self.duplicate}, foreign {self.foreign}, altered {self.altered}: "
+            "label to a new output"
+        )
+
+
+def verify(config: VerifyConfig) -> VerifyReport:
+    """Prove a label output from the outside: read every part again and compare it with the plan.
+
+    Raises:
+        DataError: there is no plan at all.
+    """
+    store = open_store(config.out)
+    ledger = Ledger(store, LABEL_PARTS)
+    plans = ledger.plans()
+    if not plans:
+        raise DataError(f"{store.url}: no plan there; is it the output of `raycnn label`?")
+    return _Verification(store, plans).report(config.deep)
+
+
+class _Verification:
+    def __init__(self, store: Store, plans: list[Plan]) -> None:
+        self._store, self._plans = store, plans
+        self._ledger = label_ledger(store, plans[0].content["fingerprint"])
+        self._found = VerifyReport(expected=sum(p.rows for p in plans))
+        self._status: Counter[str] = Counter()
+        self._hashes: list[np.ndarray] = []
+
+    def report(self, deep: bool) -> VerifyReport:
+        found, parts = self._found, {e.path for e in self._store.list(LABEL_PARTS + "/")}
+        for plan in self._plans:
+            marker = self._ledger.success(plan.generation) or {}
+            digests = {p["path"]: p["sha256"] for p in marker.get("parts", [])}
+            for ref in plan.refs:
+                path = self._ledger.path(ref)
+                if path in parts:
+                    parts.remove(path)
+                    self._check_part(ref, path, digests.get(path))
+                else:
+                    found.lost += ref.rows
+                    found.unfinished += not marker
+        for path in sorted(parts):
+            found.foreign += max(self._rows_of_foreign(path), 1)
+        hashes = np.concatenate(self._hashes) if self._hashes else np.empty(0, np.uint64)
+        found.duplicate += hashes.size - np.unique(hashes).size
+        found.status = dict(sorted(self._status.items()))
+        if deep:
+            found.inputs = _compare_inputs(self._ledger, self._plans)
+        return found
+
+    def _check_part(self, ref: UnitRef, path: str, sha256: str | None) -> None:
+        data = self._store.get(path)
+        try:
+            table = pq.read_table(io.BytesIO(data))
+            keys, statuses = table["key"].to_pylist(), table["status"].to_pylist()
+        except (pa.ArrowException, KeyError, OSError):
+            self._found.altered += 1
+            self._found.lost += ref.rows
+            return
+        metadata = table.schema.metadata or {}
+        is_ours = metadata.get(b"plan") == ref.plan.encode() and metadata.get(b"unit") == str(ref.unit).encode()
+        if not is_ours or (sha256 is not None and hashlib.sha256(data).hexdigest() != sha256):
+            self._found.altered += 1
+        self._count_rows(ref, keys)
+        self._status.update(statuses)
+        digests = (hashlib.blake2b(k.encode("utf-8", "surrogateescape"), digest_size=8).digest() for k in keys)
+        self._hashes.append(np.frombuffer(b"".join(digests), np.uint64))
+
+    def _count_rows(self, ref: UnitRef, keys: list[str]) -> None:
+        found, slices = self._found, self._ledger.slices(ref)
+        if all(s.key for s in slices):
+            expected = {s.key for s in slices}
+            present = expected.intersection(keys)
+            found.present += len(present)
+            found.lost += len(expected) - len(present)
+            found.foreign += sum(1 for k in keys if k not in expected)
+        else:
+            found.present += min(len(keys), ref.rows)
+            found.lost += max(0, ref.rows - len(keys))
+            found.foreign += max(0, len(keys) - ref.rows)
+
+    def _rows_of_foreign(self, path: str) -> int:
+        try:
+            return pq.read_metadata(io.BytesIO(self._store.get(path))).num_rows
+        except (pa.ArrowException, OSError):
+            return 0
+
+
+def _compare_inputs(ledger: Ledger, plans: list[Plan]) -> dict[str, int]:
+    selection = plans[0].content["selection"]
+    collection = open_collection(selection["data"])
+    listed = collection.select(selection["split"], Counter(), selection["exclude"])
+    growth = Growth()
+    new = sum(s.rows for s in new_slices(listed, ledger.planned(plans), growth))
+    return {"new": new, "changed": growth.changed, "gone": growth.gone}

@@ -1,0 +1,277 @@
+"""`raycnn serve`: bundles behind HTTP, on Ray Serve.
+
+    POST /v1/classify    an encoded image as the body  ->  label, class_name, probability, top_k
+    GET  /v1/model       what is served
+    GET  /livez /readyz  the process answers; the model has passed its self-test and predicted once
+
+A bad image is answered 422 (413 if too large) with the same status word as in a label file, as a problem
+document (RFC 9457). The endpoint has no authentication: put it behind something that has.
+"""
+
+# No `from __future__ import annotations` here: Ray Serve looks at the builder's annotation as a class.
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from ray import serve as ray_serve
+
+from raycnn import bundle as bundles
+from raycnn import data
+from raycnn.config import Limits, ServeConfig
+from raycnn.errors import Bad, ConfigError, Status
+from raycnn.images import Pixels
+from raycnn.predictor import Predictor
+
+MAX_BATCH = 32
+MAX_TOP_K = 100
+DEFAULT_TOP_K = 5
+DECODE_THREADS = 2
+
+_SLOW_START = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+"""The default of 5 s kills the HTTP proxy of a small, busy machine while it is still importing."""
+
+
+@dataclass(frozen=True)
+class ServeReport:
+    """Where the endpoint was."""
+
+    address: str
+    models: dict[str, str]
+
+
+class _Batcher:
+    """Collects what has arrived while the model was busy; a lonely request never waits for company."""
+
+    def __init__(self, run: Callable[[list[Pixels]], list[dict[str, Any]]]) -> None:
+        self._run, self._queue = run, asyncio.Queue[tuple[Pixels, asyncio.Future[dict[str, Any]]]]()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
+        self._task: asyncio.Task[None] | None = None
+
+    async def submit(self, pixels: Pixels) -> dict[str, Any]:
+        """The prediction for one image."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._loop())
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((pixels, future))
+        return await future
+
+    async def _loop(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < MAX_BATCH and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            batch = [(pixels, future) for pixels, future in batch if not future.done()]
+            if batch:
+                await self._answer([p for p, _ in batch], [f for _, f in batch])
+
+    async def _answer(self, pixels: list[Pixels], futures: list[asyncio.Future[dict[str, Any]]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._thread, self._run, pixels)
+        except RuntimeError as error:  # torch's; the loop must survive it, the requests are answered 500
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for future, result in zip(futures, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+
+web = FastAPI(title="raycnn", docs_url=None, redoc_url=None)
+
+
+@ray_serve.deployment
+@ray_serve.ingress(web)
+class Endpoint:
+    """One replica of one model: decodes in threads, predicts in batches."""
+
+    def __init__(self, bundle: str, max_bytes: int) -> None:
+        """Load the bundle, whose self-test runs here, and predict once, so that the first request is not slow."""
+        loaded = bundles.load(bundle)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._predictor = Predictor(loaded, device, top_k=min(MAX_TOP_K, len(loaded.class_names)))
+        self._limits = Limits(max_bytes=max_bytes)
+        self._decoders = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
+        self._batcher = _Batcher(self._predict)
+        spec = loaded.spec
+        self._predict([np.zeros((spec.height, spec.width, spec.channels), np.uint8)])
+
+    def _predict(self, pixels: list[Pixels]) -> list[dict[str, Any]]:
+        predictions = self._predictor.predict(np.stack(pixels))
+        names = self._predictor.bundle.class_names
+        rows = zip(predictions.labels.tolist(), predictions.probabilities.tolist(), strict=True)
+        return [
+            {
+                "top_k": [
+                    {"label": label, "class_name": names[label], "probability": probability}
+                    for label, probability in zip(labels, probabilities, strict=True)
+                ]
+            }
+            for labels, probabilities in rows
+        ]
+
+    @web.post("/v1/classify")
+    async def classify(self, request: Request, top_k: int = DEFAULT_TOP_K) -> JSONResponse:
+        """Classify the image that is the request's body."""
+        if not 1 <= top_k <= MAX_TOP_K:
+            return _problem(400, "bad request", f"top_k must lie in 1..{MAX_TOP_K}")
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            return _problem(415, "unsupported media type", "send the image itself as the body, not a form")
+        encoded = await self._body(request)
+        if encoded is None:
+            return _bad_image(Bad(Status.TOO_LARGE, f"more than {self._limits.max_bytes} bytes"))
+        loop = asyncio.get_running_loop()
+        pixels = await loop.run_in_executor(self._decoders, self._predictor.prepare, encoded)
+        if isinstance(pixels, Bad):
+            return _bad_image(pixels)
+        result = await self._batcher.submit(pixels)
+        top = result["top_k"][:top_k]
+        return JSONResponse({"status": str(Status.OK), **top[0], "top_k": top})
+
+    async def _body(self, request: Request) -> bytes | None:
+        """The body, or None as soon as it is known to be over the cap."""
+        announced = request.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self._limits.max_bytes:
+            return None
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > self._limits.max_bytes:
+                return None
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    @web.get("/v1/model")
+    async def model(self) -> dict[str, Any]:
+        """What is served."""
+        bundle = self._predictor.bundle
+        image = bundle.spec.model_dump(mode="json", include={"height", "width", "channels"})
+        return {"class_names": list(bundle.class_names), "digest": bundle.digest, "image": image}
+
+    @web.get("/livez")
+    async def live(self) -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @web.get("/readyz")
+    async def ready(self) -> dict[str, str]:
+        """A replica answers only after its model has passed the self-test and predicted once."""
+        return {"status": "ok"}
+
+    def check_health(self) -> None:
+        """Called by Ray Serve: the model still predicts."""
+        spec = self._predictor.bundle.spec
+        self._predict([np.zeros((spec.height, spec.width, spec.channels), np.uint8)])
+
+
+def _bad_image(bad: Bad) -> JSONResponse:
+    code = 413 if bad.status is Status.TOO_LARGE else 422
+    return _problem(code, "the image cannot be classified", bad.detail, image_status=str(bad.status))
+
+
+def _problem(code: int, title: str, detail: str, **more: str) -> JSONResponse:
+    content = {"type": "about:blank", "title": title, "status": code, "detail": detail} | more
+    return JSONResponse(content, status_code=code, media_type="application/problem+json")
+
+
+def app(config: ServeConfig) -> ray_serve.Application:
+    """The application of one bundle, for `serve run raycnn.serving:app bundle=DIR` and `serve deploy`."""
+    models = named_bundles(config.bundle)
+    if len(models) > 1:
+        raise ConfigError("one application serves one bundle; list an application for each in the Serve file")
+    return _application(next(iter(models.values())), config)
+
+
+def _application(bundle: str, config: ServeConfig) -> ray_serve.Application:
+    options: dict[str, Any] = {"num_cpus": 1}
+    if data.resources()[1].gpus >= config.replicas:
+        options["num_gpus"] = 1
+    return Endpoint.options(
+        num_replicas=config.replicas,
+        max_ongoing_requests=2 * MAX_BATCH,
+        max_queued_requests=config.max_queued,
+        ray_actor_options=options,
+        graceful_shutdown_timeout_s=5,
+    ).bind(bundle, config.max_bytes)
+
+
+def named_bundles(arguments: tuple[str, ...]) -> dict[str, str]:
+    """Name -> bundle of `[NAME=]BUNDLE` arguments; without a name it is the last part of the path.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, _, url = argument.rpartition("=")
+        name = name or url.rstrip("/").rpartition("/")[2]
+        if name in found:
+            raise ConfigError(f"two bundles are named {name!r}; give them names: --bundle NAME={url}")
+        found[name] = url
+    return found
+
+
+def serve(config: ServeConfig) -> ServeReport:
+    """Serve until Ctrl-C or SIGTERM. One bundle answers at `/`; of several, each at `/NAME`.
+
+    Raises:
+        ConfigError: the port is taken, or the cluster has too few CPUs.
+        BundleError: a bundle is altered.
+    """
+    models = named_bundles(config.bundle)
+    for url in models.values():
+        bundles.load(url)
+    _check_port(config.host, config.port)
+    os.environ.update({k: os.environ.get(k, v) for k, v in _SLOW_START.items()})
+    data.connect()
+    _, limit = data.resources()
+    if limit.cpus < (needed := len(models) * config.replicas):
+        raise ConfigError(
+            f"serve: {len(models)} models x {config.replicas} replicas need {needed} CPUs, the cluster has {limit.cpus:g}"
+        )
+    prefixes = {name: "/" if len(models) == 1 else f"/{name}" for name in models}
+    try:
+        with data.user_errors():
+            ray_serve.start(http_options={"host": config.host, "port": config.port})
+            for name, url in models.items():
+                ray_serve.run(_application(url, config), name=name, route_prefix=prefixes[name])
+        address = f"http://{config.host}:{config.port}"
+        for name, prefix in prefixes.items():
+            print(f"ready {address}{prefix.rstrip('/')}/v1/classify {name}", file=sys.stderr, flush=True)
+        _wait()
+    finally:
+        ray_serve.shutdown()
+    return ServeReport(address, models)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+
+
+def _wait() -> None:
+    """Return on Ctrl-C or SIGTERM."""
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: over.set())
+    over.wait()
+

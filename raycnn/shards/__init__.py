@@ -1,0 +1,43 @@
+"""Every input layout, the packed format, and the manifest: where samples come from.
+
+open_collection(url) -> Collection     slices(): what to read, pinned     read(slices): samples
+"""
+
+from raycnn.shards.collection import (
+    UNIT_BYTES,
+    Collection,
+    Sample,
+    Slice,
+    hash_split,
+    key_hash,
+    units,
+)
+from raycnn.shards.layouts import open_collection, parse_class_names
+from raycnn.shards.packed import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    PackedCollection,
+    PackedRow,
+    summarise,
+    write_shard,
+)
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "UNIT_BYTES",
+    "VERSION",
+    "Collection",
+    "PackedCollection",
+    "PackedRow",
+    "Sample",
+    "Slice",
+    "hash_split",
+    "key_hash",
+    "open_collection",
+    "parse_class_names",
+    "summarise",
+    "units",
+    "write_shard",
+]

@@ -1,0 +1,145 @@
+"""What every layout has in common: pinned slices of objects on one side, samples on the other."""
+
+import fnmatch
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from raycnn.config import MIB
+from raycnn.errors import Bad, DataError
+from raycnn.storage import Entry, Store
+
+UNIT_ROWS = 2048
+UNIT_BYTES = 128 * MIB
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+    "holdout": "test",
+}
+"""Folder and file names that mean a split."""
+
+
+class Slice(NamedTuple):
+    """A run of samples within one object, pinned to the version that was listed.
+
+    A single image, a tar member or an IDX row is a slice of one row with its key; a run of Parquet rows is a
+    slice of many rows whose keys are in the file.
+    """
+
+    key: str
+    path: str
+    size: int
+    etag: str
+    first: int
+    rows: int
+    offset: int
+    bytes: int
+    label: int
+
+
+class Sample(NamedTuple):
+    """One image of a collection: its stable name, its bytes or why there are none, and its class index."""
+
+    key: str
+    encoded: bytes | None
+    label: int | None
+    bad: Bad | None = None
+
+
+class Collection(ABC):
+    """Images under one URL in one layout. Picklable, so that a Ray worker reads what the driver planned."""
+
+    layout: str
+    reason: str
+    random_access: bool = True
+    """Whether single rows can be read at no more than their own cost, so that they can be mixed by listing."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.class_names: tuple[str, ...] = ()
+        self.splits: tuple[str, ...] = ()
+
+    @abstractmethod
+    def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
+        """Every sample once, in byte order of (path, first), streamed; what is left out is counted in `skipped`."""
+
+    @abstractmethod
+    def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
+        """The samples of the slices, in order. A missing or replaced single image becomes a `Bad` sample.
+
+        Raises:
+            DataError: an object that holds many images is missing, was replaced, or cannot be parsed.
+        """
+
+    def split_of(self, piece: Slice) -> str | None:
+        """The split that the layout itself names for the slice, or None where it names none."""
+        return None
+
+    def select(self, split: str, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
+        """The slices of one split, or of all."""
+        if split != "all" and split not in self.splits:
+            have = ", ".join(self.splits) or "none; use all, or pack it first"
+            raise DataError(f"{self.store.url}: no split {split!r} in this {self.layout}; its splits: {have}")
+        for piece in self.slices(skipped, exclude):
+            if split == "all" or self.split_of(piece) == split:
+                yield piece
+
+    def objects(self, skipped: Counter[str], exclude: Sequence[str] = (), prefix: str = "") -> Iterator[Entry]:
+        """The objects that count as images or shards: no folder markers, no hidden names, nothing excluded."""
+        for entry in self.store.list(prefix):
+            if is_hidden(entry.path):
+                skipped["hidden"] += 1
+            elif any(fnmatch.fnmatchcase(entry.path, pattern) for pattern in exclude):
+                skipped["excluded"] += 1
+            else:
+                yield entry
+
+
+def is_hidden(path: str) -> bool:
+    """Folder markers, and names of which any part starts with a dot or an underscore."""
+    return path.endswith("/") or any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def units(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
+    """Consecutive slices grouped into units of at most 2,048 rows and 128 MiB (one larger image is a unit)."""
+    unit: list[Slice] = []
+    rows = size = 0
+    for piece in slices:
+        if unit and (rows + piece.rows > UNIT_ROWS or size + piece.bytes > UNIT_BYTES):
+            yield unit
+            unit, rows, size = [], 0, 0
+        unit.append(piece)
+        rows, size = rows + piece.rows, size + piece.bytes
+    if unit:
+        yield unit
+
+
+def key_hash(key: str, salt: str) -> int:
+    """64 stable bits of a key: the same on every machine and in every run."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8, key=salt.encode()).digest()
+    return int.from_bytes(digest, "big")
+
+
+def hash_split(key: str, val: float, test: float) -> str:
+    """The split of a key by its hash, so that adding images never moves the ones that were there."""
+    position = key_hash(key, "raycnn-split") / 2**64
+    if position < test:
+        return "test"
+    return "val" if position < test + val else "train"
+
+
+def natural_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Distinct class names in order: by value where all are whole numbers, else by spelling."""
+    distinct = set(names)
+    if distinct and all(name.isdecimal() for name in distinct):
+        return tuple(sorted(distinct, key=int))
+    return tuple(sorted(distinct))

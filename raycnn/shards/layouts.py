@@ -1,0 +1,122 @@
+"""Which layout a URL holds: found by looking, and said aloud with the reason."""
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+
+from raycnn.errors import DataError
+from raycnn.shards.collection import SPLIT_NAMES, Collection, is_hidden, natural_order
+from raycnn.shards.containers import IdxCollection, ParquetCollection, TarCollection
+from raycnn.shards.objects import PATH_COLUMNS, ListCollection, ObjectCollection, read_table
+from raycnn.shards.packed import MANIFEST, PackedCollection, is_manifest
+from raycnn.storage import Store, open_store
+
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
+PEEK = 1000
+"""Objects looked at below the top level before deciding."""
+
+
+def open_collection(url: str) -> Collection:
+    """The collection under a URL.
+
+    Raises:
+        DataError: nothing is there, or what is there is ambiguous.
+        StorageError: the store cannot be read.
+    """
+    store = open_store(url)
+    folders, files = store.children()
+    folders = [f for f in folders if not is_hidden(f)]
+    files = [f for f in files if not is_hidden(f)]
+    if not folders and not files:
+        raise DataError(f"{store.url}: no images there; check the path (an s3:// prefix is case-sensitive)")
+    for look in (_packed, _idx, _lists, _shards):
+        if (found := look(store, folders, files)) is not None:
+            return found
+    return _folders(store, folders, files)
+
+
+def _packed(store: Store, folders: list[str], files: list[str]) -> Collection | None:
+    if MANIFEST in files and is_manifest(data := store.get(MANIFEST)):
+        return PackedCollection(store, json.loads(data))
+    return None
+
+
+def _idx(store: Store, folders: list[str], files: list[str]) -> Collection | None:
+    if not any("-images-idx3-ubyte" in name for name in files):
+        return None
+    entries = [e for e in store.list() if e.path in files]
+    return IdxCollection(store, "it has *-images-idx3-ubyte files", entries, _class_names(store, files))
+
+
+def _lists(store: Store, folders: list[str], files: list[str]) -> Collection | None:
+    lists = [f for f in files if f.endswith(LIST_SUFFIXES) or f == "metadata.parquet"]
+    for folder in folders:
+        if folder in SPLIT_NAMES:
+            _, inside = store.children(folder)
+            lists += [f"{folder}/{f}" for f in inside if f.rpartition(".")[0] == "metadata"]
+    lists = [f for f in lists if _has_paths(store, f)]
+    if not lists:
+        return None
+    by_split = {f: _split_word(f) for f in lists}
+    if len(lists) > 1 and len(set(by_split.values())) < len(lists):
+        raise DataError(f"{store.url}: several lists ({', '.join(lists)}); keep one, or name one for each split")
+    return ListCollection(store, by_split, f"{', '.join(lists)} names the images")
+
+
+def _shards(store: Store, folders: list[str], files: list[str]) -> Collection | None:
+    paths = _peek(store)
+    if any(p.endswith(".parquet") for p in paths):
+        return ParquetCollection(store, "it has Parquet files with an image column")
+    if any(p.endswith((".tar", ".tar.gz", ".tgz")) for p in paths):
+        return TarCollection(store, "it has tar files", _class_names(store, files))
+    return None
+
+
+def _folders(store: Store, folders: list[str], files: list[str]) -> Collection:
+    splits = {f: SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES}
+    if splits and len(splits) == len(folders):
+        if len(set(splits.values())) < len(splits):
+            raise DataError(f"{store.url}: {', '.join(splits)} name one split twice; keep one folder for each split")
+        names = natural_order(c for f in splits for c in store.children(f)[0] if not is_hidden(c))
+        reason = f"its folders are named {', '.join(splits)}"
+        return ObjectCollection(store, "split/class folders" if names else "split folders", reason, names, splits)
+    if folders and not files:
+        reason = f"it has {len(folders)} folders and no image beside them"
+        return ObjectCollection(store, "class folders", reason, natural_order(folders))
+    return ObjectCollection(store, "flat prefix", "images lie at its top level")
+
+
+def _class_names(store: Store, files: Iterable[str]) -> tuple[str, ...]:
+    """The lines of `classes.txt`, or nothing where there is none."""
+    if "classes.txt" not in files:
+        return ()
+    return parse_class_names(store.get("classes.txt"), f"{store.url}/classes.txt")
+
+
+def parse_class_names(data: bytes, where: str) -> tuple[str, ...]:
+    """One class name a line, in the order of the classes; empty lines do not count.
+
+    Raises:
+        DataError: the text is not UTF-8, or a name stands twice.
+    """
+    try:
+        names = tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not UTF-8 text; save it as UTF-8, one class name a line") from None
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{where}: {twice[0]!r} stands twice; give every class its own name")
+    return names
+
+
+def _has_paths(store: Store, name: str) -> bool:
+    return any(column in PATH_COLUMNS for column in read_table(store, name).column_names)
+
+
+def _split_word(path: str) -> str:
+    stem = path.rpartition("/")[2].rpartition(".")[0].lower()
+    folder = path.rpartition("/")[0].lower()
+    return SPLIT_NAMES.get(stem) or SPLIT_NAMES.get(folder, "")
+
+
+def _peek(store: Store) -> list[str]:
+    return [e.path for e in islice(store.list(), PEEK) if not is_hidden(e.path)]

@@ -1,0 +1,98 @@
+"""The order of training samples: a function of (seed, epoch, manifest) over a fixed number of lanes.
+
+An epoch's sequence is the row groups of the split in a permuted order, the rows of each permuted again. Lane l
+of L owns the l-th of L equal runs of that sequence, and each step takes its share of every lane. A worker owns
+whole lanes, so any number of workers that divides L trains on the same global batches.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from raycnn.shards.collection import Slice
+
+MIN_LANES = 8
+
+
+class Piece(NamedTuple):
+    """Rows of one row group, in the order `row_order(...)[start:stop]`, that one lane needs from `step` on."""
+
+    epoch: int
+    step: int
+    lane: int
+    group: int
+    ordinal: int
+    """Position of the first row in the epoch's sequence."""
+    start: int
+    stop: int
+
+
+def lanes_for(num_workers: int) -> int:
+    """The number of lanes of a new run: the smallest multiple of its workers that is at least 8."""
+    return num_workers * math.ceil(MIN_LANES / num_workers)
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Steps that visit every row once; the rows are spread over them evenly, so there is no short last batch."""
+    return math.ceil(rows / batch_size)
+
+
+def lane_range(rows: int, lanes: int, lane: int) -> tuple[int, int]:
+    """The run of an epoch's sequence that a lane owns."""
+    return lane * rows // lanes, (lane + 1) * rows // lanes
+
+
+def step_start(lane_rows: int, steps: int, lane: int, lanes: int, step: int) -> int:
+    """The first row of a step within a lane. Lanes are out of phase, so that their rounding does not add up."""
+    if step >= steps:
+        return lane_rows
+    return (step * lane_rows + lane * steps // lanes) // steps
+
+
+def group_order(groups: int, seed: int, epoch: int) -> np.ndarray:
+    """The row groups of a split in an epoch's order."""
+    return np.random.default_rng([seed, epoch]).permutation(groups)
+
+
+def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
+    """The rows of one row group in an epoch's order."""
+    return np.random.default_rng([seed, epoch, 1 + group]).permutation(rows)
+
+
+def epoch_pieces(
+    groups: Sequence[Slice], seed: int, epoch: int, batch_size: int, lanes: int, owned: Sequence[int]
+) -> list[Piece]:
+    """What the owner of some lanes has to read in an epoch, in the order in which its steps need it."""
+    rows = sum(g.rows for g in groups)
+    steps = steps_per_epoch(rows, batch_size)
+    runs = [(lane, *lane_range(rows, lanes, lane)) for lane in owned]
+    pieces: list[Piece] = []
+    position = 0
+    for group in group_order(len(groups), seed, epoch):
+        count = groups[group].rows
+        for lane, low, high in runs:
+            start, stop = max(low, position), min(high, position + count)
+            if start < stop:
+                step = _step_of(start - low, high - low, steps, lane, lanes)
+                pieces.append(Piece(epoch, step, lane, int(group), start, start - position, stop - position))
+        position += count
+    return sorted(pieces, key=lambda p: p.step)
+
+
+def _step_of(row: int, lane_rows: int, steps: int, lane: int, lanes: int) -> int:
+    """The step that takes a lane's row: the last one that starts at it or before it."""
+    step = min(steps - 1, ((row + 1) * steps - lane * steps // lanes) // lane_rows)
+    while step_start(lane_rows, steps, lane, lanes, step) > row:
+        step -= 1
+    return step
+
+
+def step_counts(rows: int, batch_size: int, lanes: int, owned: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
+    """(lane, rows) that each owned lane gives to a step."""
+    steps = steps_per_epoch(rows, batch_size)
+    for lane in owned:
+        low, high = lane_range(rows, lanes, lane)
+        begin = step_start(high - low, steps, lane, lanes, step)
+        yield lane, step_start(high - low, steps, lane, lanes, step + 1) - begin

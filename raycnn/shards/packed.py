@@ -1,0 +1,167 @@
+"""The packed format: Parquet shards of encoded images that other tools open too, and their manifest."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raycnn.config import MIB
+from raycnn.errors import DataError, Status
+from raycnn.shards.collection import Slice
+from raycnn.shards.containers import ParquetCollection
+from raycnn.storage import Store
+
+MANIFEST = "manifest.json"
+FORMAT = "raycnn-packed"
+VERSION = 1
+GROUP_ROWS = 512
+GROUP_BYTES = 32 * MIB
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+class PackedRow(NamedTuple):
+    """One row of a packed data set; `height` and `width` are 0 where the header is unreadable."""
+
+    key: str
+    encoded: bytes | None
+    label: int | None
+    height: int
+    width: int
+    status: Status
+
+
+def packed_schema(class_names: Sequence[str]) -> pa.Schema:
+    """Columns key, image{bytes, path}, label, height, width, status; marked for Hugging Face `datasets`."""
+    value = {"dtype": "string", "_type": "Value"}
+    integer = {"dtype": "int32", "_type": "Value"}
+    features: dict[str, Any] = {
+        "key": value,
+        "image": {"_type": "Image"},
+        "label": {"names": list(class_names), "_type": "ClassLabel"},
+        "height": integer,
+        "width": integer,
+        "status": value,
+    }
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("image", IMAGE),
+            ("label", pa.int64()),
+            ("height", pa.int32()),
+            ("width", pa.int32()),
+            ("status", pa.string()),
+        ],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+
+
+def write_shard(file: Path, rows: Iterable[PackedRow], class_names: Sequence[str]) -> list[int]:
+    """Write one shard, row groups of at most 512 rows or 32 MiB; return the rows of each group."""
+    groups: list[int] = []
+    schema = packed_schema(class_names)
+    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=["status"]) as writer:
+        for group in _groups(rows):
+            writer.write_table(_table(group, schema), row_group_size=len(group))
+            groups.append(len(group))
+    return groups
+
+
+def _groups(rows: Iterable[PackedRow]) -> Iterator[list[PackedRow]]:
+    group: list[PackedRow] = []
+    size = 0
+    for row in rows:
+        length = len(row.encoded or b"")
+        if group and (len(group) == GROUP_ROWS or size + length > GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += length
+    if group:
+        yield group
+
+
+def _table(rows: list[PackedRow], schema: pa.Schema) -> pa.Table:
+    keys, encoded, labels, heights, widths, statuses = zip(*rows, strict=True)
+    image = pa.StructArray.from_arrays(
+        [pa.array(encoded, pa.binary()), pa.array([k.rpartition("/")[2] for k in keys], pa.string())],
+        fields=list(IMAGE),
+    )
+    columns = [keys, image, labels, heights, widths, [str(s) for s in statuses]]
+    arrays = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def is_manifest(data: bytes) -> bool:
+    """Whether a `manifest.json` is one of ours."""
+    try:
+        return json.loads(data).get("format") == FORMAT
+    except (ValueError, AttributeError):
+        return False
+
+
+class PackedCollection(ParquetCollection):
+    """A data set that `raycnn pack` made."""
+
+    layout = "packed data set"
+
+    def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
+        """Take a manifest that `is_manifest` accepted.
+
+        Raises:
+            DataError: it was written by a newer raycnn.
+        """
+        if manifest["version"] > VERSION:
+            raise DataError(f"{store.url}: packed by a newer raycnn (format {manifest['version']}); upgrade raycnn")
+        self.manifest = manifest
+        super().__init__(store, "it has a raycnn manifest", "data/", tuple(manifest["class_names"]))
+        self.splits = tuple(s for s in ("train", "val", "test") if self.rows(s))
+
+    def rows(self, split: str) -> int:
+        """Rows of a split, readable or not."""
+        return sum(self.manifest["splits"].get(split, {}).get("status", {}).values())
+
+    def counts(self, split: str) -> dict[str, int]:
+        """Labelled rows of each class name in a split."""
+        return self.manifest["splits"].get(split, {}).get("classes", {})
+
+    @property
+    def digest(self) -> str:
+        """What identifies the data: sha256 over the shards' digests and the class names."""
+        names = [self.manifest["class_names"], [(s["path"], s["sha256"]) for s in self.manifest["shards"]]]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
+        """One slice for each row group, from the manifest; no shard is opened."""
+        listed = {e.path: e for e in self.objects(skipped, exclude, "data/")}
+        for shard in sorted(self.manifest["shards"], key=lambda s: s["path"]):
+            entry = listed.get(shard["path"])
+            if entry is None:
+                if exclude:
+                    continue
+                raise DataError(f"{self.store.url}/{shard['path']} is missing; pack the data set again to restore it")
+            if entry.size != shard["bytes"]:
+                raise DataError(
+                    f"{self.store.url}/{entry.path} has {entry.size} bytes, its manifest says {shard['bytes']}; "
+                    "pack the data set again to restore it"
+                )
+            first = 0
+            for rows in shard["row_groups"]:
+                share = shard["bytes"] * rows // max(shard["rows"], 1)
+                yield Slice("", entry.path, entry.size, entry.etag, first, rows, 0, share, -1)
+                first += rows
+
+
+def summarise(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts per split, of its statuses and of its classes, added up over shard entries."""
+    splits: dict[str, dict[str, Counter[str]]] = {}
+    for shard in shards:
+        split = splits.setdefault(shard["split"], {"status": Counter(), "classes": Counter()})
+        split["status"].update(shard["status"])
+        split["classes"].update(shard["classes"])
+    return {s: {k: dict(sorted(c.items())) for k, c in splits[s].items()} for s in sorted(splits)}
