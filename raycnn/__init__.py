@@ -12,7 +12,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("pack", "train", "evaluate", "label", "verify", "serve", "import_model", "demo")
+_VERBS = {
+    "pack": "pack",
+    "train": "train",
+    "evaluate": "evaluate",
+    "label": "label",
+    "verify": "verify",
+    "serve": "serve",
+    "import_model": "import",
+    "run_demo": "demo",
+}
+"""Python name -> verb; where the verb is a keyword or the name of a module it has another name here."""
 
 __all__ = ["__version__", *_VERBS]
 
@@ -22,7 +32,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'raycnn' has no attribute {name!r}")
     from raycnn.config import VERBS, callable_verb
 
-    return callable_verb(VERBS["import" if name == "import_model" else name], name)
+    return callable_verb(VERBS[_VERBS[name]], name)
 
 
 def __dir__() -> list[str]:

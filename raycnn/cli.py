@@ -47,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Never:
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code; only a bug or broken infrastructure raises."""
     try:
-        return (
-            _app()(_verb_first(argv), exit_on_error=False, print_error=False, result_action="return_value")
-            or 0
-        )
+        return _app()(_verb_first(argv), exit_on_error=False, print_error=False, result_action="return_value") or 0
     except CycloptsError as error:
         return _complain(ConfigError(_usage_error(error)))
     except KeyboardInterrupt:
@@ -117,7 +114,13 @@ def _verb_first(argv: Sequence[str]) -> list[str]:
 
 
 def _app() -> App:
-    app = App(name="raycnn", help=_ABOUT, version=raycnn.__version__, help_format="plaintext")
+    app = App(
+        name="raycnn",
+        help=_ABOUT,
+        version=raycnn.__version__,
+        help_format="plaintext",
+        suppress_keyboard_interrupt=False,
+    )
     app.register_install_completion_command()
     for order, (name, verb) in enumerate(config.VERBS.items()):
         app.command(
@@ -197,8 +200,8 @@ def _flag(field: str) -> str:
 
 def _print_report(report: Any, as_json: bool, out: TextIO) -> None:
     plain = _plain(report) if report is not None else {}
-    lines = [json.dumps(plain, allow_nan=False)] if as_json else _readable(plain)
-    print(*lines, sep="\n", file=out, flush=True)
+    for line in [json.dumps(plain, allow_nan=False)] if as_json else _readable(plain):
+        print(line, file=out, flush=True)
 
 
 def _plain(value: Any) -> Any:

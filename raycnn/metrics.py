@@ -17,12 +17,12 @@ from raycnn.errors import DataError
 TEMPERATURES = tuple(2.0 ** (k / 8) for k in range(-16, 25))
 """1/4 to 8 in steps of 9%; 1 is among them. A bundle's temperature is one of these."""
 
-BINS = 3000
+BINS = 600
 """Confidence bins over [0, 1]; bin i holds confidences in [i / BINS, (i + 1) / BINS)."""
 
 ECE_BINS = 15
 HISTOGRAM_BINS = 100
-THRESHOLDS = tuple(k / 50 for k in range(50)) + (0.99, 0.995, 0.999)
+THRESHOLDS = (*(k / 50 for k in range(50)), 0.99, 0.995)
 
 _CHUNK_ELEMENTS = 4_000_000
 
@@ -67,7 +67,7 @@ class Metrics:
         self._top5 = torch.zeros(1, dtype=torch.int64)
         self._bins = torch.zeros((len(TEMPERATURES), BINS), dtype=torch.int64)
         self._correct = torch.zeros((len(TEMPERATURES), BINS), dtype=torch.int64)
-        self._confidence = torch.zeros((len(TEMPERATURES), BINS), dtype=torch.float64)
+        self._confidence = torch.zeros((len(TEMPERATURES), ECE_BINS), dtype=torch.float64)
         self._nll = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -86,7 +86,8 @@ class Metrics:
         ranked = top_classes(logits, 5)
         hits = ranked == labels[:, None]
         pairs = labels * self.num_classes + ranked[:, 0]
-        self.confusion += _count(pairs, self.num_classes**2).view_as(self.confusion)
+        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        self.confusion += counts.cpu().view_as(self.confusion)
         self._top5 += hits.any(dim=1).sum().cpu()
         rows = max(1, _CHUNK_ELEMENTS // (len(TEMPERATURES) * self.num_classes))
         for part, target, hit in zip(logits.split(rows), labels.split(rows), hits[:, 0].split(rows), strict=True):
@@ -98,14 +99,11 @@ class Metrics:
         total = torch.logsumexp(logits[None] * scale[:, :, None], dim=2)
         self._nll += (total - logits.gather(1, labels[:, None])[:, 0] * scale).sum(dim=1).cpu()
         confidence = torch.exp(logits.max(dim=1).values * scale - total)
-        offsets = torch.arange(len(TEMPERATURES), device=logits.device)[:, None] * BINS
-        bins = (confidence * BINS).long().clamp(max=BINS - 1) + offsets
-        size, shape = len(TEMPERATURES) * BINS, self._bins.shape
-        self._bins += _count(bins.flatten(), size).view(shape)
-        self._correct += _count(bins[:, hits].flatten(), size).view(shape)
-        self._confidence += (
-            torch.bincount(bins.flatten(), weights=confidence.flatten(), minlength=size).cpu().view(shape)
-        )
+        bins = (confidence * BINS).long().clamp(max=BINS - 1)
+        ones = torch.ones_like(confidence)
+        self._bins += _histogram(bins, ones, BINS).long()
+        self._correct += _histogram(bins[:, hits], ones[:, hits], BINS).long()
+        self._confidence += _histogram(bins // (BINS // ECE_BINS), confidence, ECE_BINS)
 
     def merge(self, other: "Metrics") -> None:
         """Add what `other` counted on other images."""
@@ -173,7 +171,7 @@ class Metrics:
         rows = self._counted()
         at = min(range(len(TEMPERATURES)), key=lambda i: abs(math.log(TEMPERATURES[i] / temperature)))
         bins, correct, confidence = self._bins[at], self._correct[at], self._confidence[at]
-        gaps = (correct - confidence).view(ECE_BINS, -1).sum(dim=1).abs()
+        gaps = (correct.view(ECE_BINS, -1).sum(dim=1) - confidence).abs()
         return Calibration(
             temperature=TEMPERATURES[at],
             loss=float(self._nll[at]) / rows,
@@ -223,8 +221,10 @@ class Metrics:
         return rows
 
 
-def _count(indices: Tensor, size: int) -> Tensor:
-    return torch.bincount(indices, minlength=size).cpu()
+def _histogram(bins: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Weights per bin of each row: (T, N) -> (T, size), float64, on the CPU."""
+    empty = torch.zeros((len(bins), size), dtype=torch.float64, device=bins.device)
+    return empty.scatter_add_(1, bins, weights).cpu()
 
 
 def _ratio(part: int, whole: int) -> float | None:

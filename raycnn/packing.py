@@ -27,6 +27,7 @@ from raycnn.ledger import Ledger, Plan, UnitRef
 from raycnn.shards import (
     FORMAT,
     MANIFEST,
+    SPLITS,
     VERSION,
     Collection,
     PackedRow,
@@ -40,7 +41,6 @@ from raycnn.shards import (
 )
 from raycnn.storage import Store, contains, open_store
 
-SPLITS = ("train", "val", "test")
 WORK = "_pack"
 BUCKETS = 64
 """Files that a listing is spilled to while it is mixed: one of them is sorted in memory at a time."""

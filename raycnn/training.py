@@ -44,6 +44,7 @@ SLOTS = 3
 VAL_CACHE_BYTES = 256 * 1024 * 1024
 """Decoded validation pixels that a worker keeps, so that later epochs do not decode them again."""
 PROGRESS_S = 0.5
+BOARD_TIMEOUT_S = 10
 SELFTEST_IMAGES = 8
 
 RESUMABLE = ("epochs", "num_workers", "device", "max_failures", "max_bad", "run")
@@ -235,14 +236,16 @@ class _Board:
 
     def _watch(self) -> None:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import GetTimeoutError, RayError
 
         is_over = False
         while not is_over:
             is_over = self._over.wait(PROGRESS_S)
             try:
-                for event in ray.get(self.actor.drain.remote(), timeout=5):
+                for event in ray.get(self.actor.drain.remote(), timeout=BOARD_TIMEOUT_S):
                     self._say(event)
+            except GetTimeoutError:
+                continue  # the actor is still starting, or the machine is busy
             except RayError:
                 return
 

@@ -77,11 +77,12 @@ def pixels(
     if isinstance(stored, Bad):
         return stored
     place = _as_stored(box, height, width, file.orientation)
-    if scale > 1 and sum(stored.shape[:2]) < height + width:
+    if stored.shape[:2] != file.stored:
         place = _scaled(place, scale)
     # Turning the few pixels that come out is cheaper than turning all that go in.
     size = (spec.height, spec.width) if file.orientation < 5 else (spec.width, spec.height)
-    return np.ascontiguousarray(_upright(_resize(_crop(stored, place), *size), file.orientation))
+    resized = _resize(_crop(stored, place), *size)
+    return resized if file.orientation == 1 else np.ascontiguousarray(_upright(resized, file.orientation))
 
 
 def center_box(spec: ImageSpec) -> Choose:
@@ -154,7 +155,7 @@ def _scale(box: Box, spec: ImageSpec) -> int:
     same in training, evaluation, labeling and serving.
     """
     room = min(box[2] / spec.height, box[3] / spec.width) / 2
-    return next((scale for scale in (8, 4, 2) if scale <= room), 1)
+    return 1 if room < 2 else 2 if room < 4 else 4 if room < 8 else 8
 
 
 def _scaled(box: Box, scale: int) -> Box:
@@ -176,8 +177,10 @@ def _resize(image: Pixels, height: int, width: int) -> Pixels:
         return image
     import torch  # here, so that what only reads and decodes images never pays for it
 
-    # The batch dimension comes from reshape because torch wants its stride to be that of a channels_last
-    # batch: with the 0 of image[None] it returns planes, and takes half as long again.
-    batch = torch.from_numpy(image.reshape(1, *image.shape)).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1)[0].numpy()
+    # The views are numpy's, and the operator is called itself and not through `interpolate`, because the
+    # overhead is a tenth of the time here. The batch dimension comes from reshape because torch wants its
+    # stride to be that of a channels_last batch: with the 0 of image[None] it returns planes, and takes half
+    # as long again.
+    batch = image.reshape(1, *image.shape).transpose(0, 3, 1, 2)
+    resized = torch.ops.aten._upsample_bilinear2d_aa(torch.from_numpy(batch), (height, width), False)
+    return resized.numpy()[0].transpose(1, 2, 0)

@@ -85,6 +85,12 @@ class File(NamedTuple):
     orientation: int  # EXIF 1..8, which the decoder does not apply
     image: ImageFile.ImageFile | None  # None: a JPEG that simplejpeg decodes
 
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Height and width as stored, before it is turned upright."""
+        height, width = self.header.height, self.header.width
+        return (height, width) if self.orientation < 5 else (width, height)
+
 
 def open_file(encoded: bytes | None, limits: Limits) -> File | Bad:
     """Read the header and check the limits; takes no memory for pixels."""
@@ -95,7 +101,10 @@ def open_file(encoded: bytes | None, limits: Limits) -> File | Bad:
     name = structure.format_of(encoded)
     if name is None:
         return _not_an_image(encoded)
-    file = _open_jpeg(encoded) if name == "JPEG" else _open_other(encoded, name, limits)
+    if name == "JPEG":
+        file = _open_jpeg(encoded, limits)
+    else:
+        file = _open_with_pillow(encoded, name, limits)
     if isinstance(file, Bad):
         return file
     return _too_large(file.header.height, file.header.width, limits) or file
@@ -111,9 +120,12 @@ def raster(file: File, channels: Literal[1, 3], scale: int = 1) -> Pixels | Bad:
             except _ERRORS:  # it is strict and stops at any warning; Pillow stops at what is fatal
                 image = _READERS[name](io.BytesIO(file.encoded))
         image.load()
-        return _to_array(image, channels)
+        decoded = _to_array(image, channels)
     except _ERRORS as error:
         return _bad(name, file.encoded, error)
+    if decoded.shape[:2] != file.stored:
+        return Bad(Status.UNDECODABLE, f"{name}: the size of its pixels is not the one in its header")
+    return decoded
 
 
 def _not_an_image(encoded: bytes) -> Bad:
@@ -129,37 +141,30 @@ def _too_large(height: int, width: int, limits: Limits) -> Bad | None:
     return Bad(Status.TOO_LARGE, f"{height} x {width} px, the limit is {limits.max_pixels} px")
 
 
-def _open_jpeg(encoded: bytes) -> File | Bad:
-    exif, many_scans = structure.jpeg_segments(encoded)
-    if many_scans and encoded.count(b"\xff\xda") > _MAX_SCANS:
+def _open_jpeg(encoded: bytes, limits: Limits) -> File | Bad:
+    plain = structure.jpeg_header(encoded)
+    if (plain is None or plain.many_scans) and encoded.count(b"\xff\xda") > _MAX_SCANS:
         return Bad(Status.UNDECODABLE, f"JPEG: more than {_MAX_SCANS} scans")
-    orientation = structure.orientation(exif) if exif else 1
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colorspace in ("YCbCr", "RGB", "Gray"):
-            return _file(
-                encoded, "JPEG", (int(height), int(width), 1 if colorspace == "Gray" else 3), orientation, None
-            )
-    except _ERRORS:  # Pillow knows more kinds of JPEG, and says more clearly what is wrong
-        pass
-    try:
-        image = _READERS["JPEG"](io.BytesIO(encoded))
-    except _ERRORS as error:
-        return _bad("JPEG", encoded, error)
-    return _file(encoded, "JPEG", (image.height, image.width, 1 if image.mode == "L" else 3), orientation, image)
+    if plain is None or plain.components not in (1, 3):
+        return _open_with_pillow(encoded, "JPEG", limits)
+    stored = plain.height, plain.width, plain.components
+    return _file(encoded, "JPEG", stored, structure.orientation(plain.exif), None)
 
 
-def _open_other(encoded: bytes, name: str, limits: Limits) -> File | Bad:
+def _open_with_pillow(encoded: bytes, name: str, limits: Limits) -> File | Bad:
     content, exif = structure.png_essentials(encoded) if name == "PNG" else (encoded, b"")
     if name == "WEBP" and (bad := _too_large(*structure.webp_canvas(encoded), limits)):
         return bad  # opening it takes the memory of the canvas
     try:
         image = _READERS[name](io.BytesIO(content))
+        tile = _tile(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else (0, 0)
     except _ERRORS as error:
         return _bad(name, encoded, error)
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and (bad := _too_large(*_tile(image), limits)):
+    if bad := _too_large(*tile, limits):
         return bad
-    if name == "WEBP":
+    if name == "TIFF":
+        image.info.pop("xmp", None)  # Pillow turns TIFFs itself, and would go by this where EXIF is missing
+    if name in ("JPEG", "WEBP"):
         exif = image.info.get("exif", b"")
     gray = _is_deep(image) or image.mode in ("1", "L")
     channels = 1 if gray and "transparency" not in image.info else 3
@@ -185,9 +190,7 @@ def _decode_jpeg(file: File, channels: Literal[1, 3], scale: int) -> Pixels:
     colorspace = "RGB" if channels == 3 else "GRAY"
     if scale == 1:
         return simplejpeg.decode_jpeg(file.encoded, colorspace)
-    height, width = file.header.height, file.header.width
-    if file.orientation >= 5:
-        height, width = width, height
+    height, width = file.stored
     return simplejpeg.decode_jpeg(
         file.encoded, colorspace, min_height=-(-height // scale), min_width=-(-width // scale)
     )
@@ -241,10 +244,13 @@ def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
 
 
 def _bad(name: str, encoded: bytes, error: BaseException) -> Bad:
-    detail = f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
+    said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return Bad(Status.TOO_LARGE, detail)
+        return Bad(Status.TOO_LARGE, f"{name}: {said}")
+    # A WebP decoder says end-of-file for damage, too.
     out_of_data = (struct.error, IndexError) if name == "WEBP" else (struct.error, IndexError, EOFError)
-    if "truncated" in detail.lower() or isinstance(error.__cause__ or error, out_of_data):
-        return Bad(Status.TRUNCATED, detail)
-    return Bad(Status.TRUNCATED if structure.ends_early(name, encoded) else Status.UNDECODABLE, detail)
+    if "truncated" in said.lower():
+        return Bad(Status.TRUNCATED, f"{name}: {said}")
+    if isinstance(error.__cause__ or error, out_of_data) or structure.ends_early(name, encoded):
+        return Bad(Status.TRUNCATED, f"{name}: the file ends early ({said})")
+    return Bad(Status.UNDECODABLE, f"{name}: {said}")

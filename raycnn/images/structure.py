@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -18,6 +19,8 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 
 def format_of(encoded: bytes) -> str | None:
     """The format that the first bytes announce."""
+    if encoded.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
     if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
         return "WEBP"
     return next((name for signature, name in _SIGNATURES if encoded.startswith(signature)), None)
@@ -29,23 +32,46 @@ def may_become(encoded: bytes) -> bool:
     return webp or any(signature.startswith(encoded) for signature, _ in _SIGNATURES)
 
 
-def jpeg_segments(encoded: bytes) -> tuple[bytes, bool]:
-    """A JPEG's EXIF block, and whether one scan does not hold all of it. Syntax: ITU-T T.81, annex B."""
-    exif, components, progressive, at = b"", 0, False, 2
-    while 0 <= (at := encoded.find(0xFF, at)) < len(encoded) - 9:
-        marker = encoded[at + 1]
-        if marker == 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # padding, or no length follows
-            at += 1
-            continue
-        body = at + 4
-        if marker == 0xDA:
-            return exif, progressive or encoded[body] != components
-        at += 2 + int.from_bytes(encoded[at + 2 : body], "big")
-        if marker == 0xE1 and not exif and encoded.startswith(b"Exif\0\0", body):
-            exif = encoded[body:at]
-        elif marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            progressive, components = marker & 3 == 2, encoded[body + 5]
-    return exif, True
+class JpegHeader(NamedTuple):
+    """What comes before the first scan of a JPEG."""
+
+    height: int
+    width: int
+    components: int
+    exif: bytes
+    many_scans: bool  # one scan does not hold the whole picture
+
+
+def jpeg_header(encoded: bytes) -> JpegHeader | None:
+    """The header of a JPEG (ITU-T T.81, annex B); None where it is anything but plain and in order.
+
+    What it takes for plain leaves no two ways to read it, so that no decoder can find another size there.
+    """
+    frame, exif, at = None, b"", 2
+    try:
+        while True:
+            marker, length = _SEGMENT.unpack_from(encoded, at)
+            body = at + 4
+            at += 2 + length
+            if marker in _FRAMES and frame is None:
+                frame = _FRAME.unpack_from(encoded, body)
+                progressive = marker == 0xFFC2
+            elif marker == 0xFFE1:
+                exif = exif or encoded[body:at]
+            elif marker == 0xFFDA and frame:
+                _, height, width, components = frame
+                many_scans = progressive or encoded[body] != components
+                return JpegHeader(height, width, components, exif, many_scans)
+            elif marker not in _PASSED or length < 2:
+                return None
+    except (struct.error, IndexError):
+        return None
+
+
+_SEGMENT = struct.Struct(">HH")  # marker, length
+_FRAME = struct.Struct(">BHHB")  # bits, height, width, components
+_FRAMES = frozenset((0xFFC0, 0xFFC1, 0xFFC2))
+_PASSED = frozenset((0xFFC4, 0xFFDB, 0xFFDD, *range(0xFFE0, 0xFFF0), 0xFFFE))  # tables, APPn, comments
 
 
 def png_essentials(encoded: bytes) -> tuple[bytes, bytes]:
@@ -78,6 +104,8 @@ def webp_canvas(encoded: bytes) -> tuple[int, int]:
 
 def orientation(exif: bytes) -> int:
     """Tag 0x0112 of an EXIF block, 1..8; 1 (upright) where it is missing or broken."""
+    if not exif:
+        return 1
     try:
         for tag, kind, _, value in _entries(exif.removeprefix(b"Exif\0\0")):
             if tag == 0x0112:

@@ -4,6 +4,7 @@ open_collection(url) -> Collection     slices(): what to read, pinned     read(s
 """
 
 from raycnn.shards.collection import (
+    SPLITS,
     UNIT_BYTES,
     Collection,
     Sample,
@@ -26,6 +27,7 @@ from raycnn.shards.packed import (
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "SPLITS",
     "UNIT_BYTES",
     "VERSION",
     "Collection",

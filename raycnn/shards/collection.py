@@ -14,6 +14,7 @@ from raycnn.storage import Entry, Store
 UNIT_ROWS = 2048
 UNIT_BYTES = 128 * MIB
 
+SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",

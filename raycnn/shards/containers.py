@@ -19,6 +19,7 @@ from PIL import Image
 from raycnn.errors import DataError, ObjectChanged, ObjectMissing
 from raycnn.shards.collection import (
     SPLIT_NAMES,
+    SPLITS,
     UNIT_ROWS,
     Collection,
     Sample,
@@ -53,7 +54,7 @@ class ParquetCollection(Collection):
         self._by_position = bool(named_by_file)
         self.class_names = named_by_file or self._find_class_names(files)
         found = {_split_in_name(entry.path) for entry in files}
-        self.splits = tuple(s for s in ("train", "val", "test") if s in found)
+        self.splits = tuple(s for s in SPLITS if s in found)
         self._index = {name: i for i, name in enumerate(self.class_names)}
 
     def _footer(self, entry: Entry) -> pq.ParquetFile:
@@ -129,7 +130,7 @@ class TarCollection(ObjectCollection):
         tars = [e for e in self.objects(Counter()) if _is_tar(e.path)]
         self.random_access = not any(e.path.endswith("gz") for e in tars)
         found = {_split_in_name(e.path) for e in tars}
-        self.splits = tuple(s for s in ("train", "val", "test") if s in found)
+        self.splits = tuple(s for s in SPLITS if s in found)
         self._names_by_index = names
         labels = (m.label for e in tars for m in _members(self.store, e) if m.label) if not names else ()
         self.class_names = names or natural_order(labels)
@@ -192,7 +193,7 @@ class IdxCollection(ObjectCollection):
         highest = max((max(labels, default=-1) for labels in self._labels.values()), default=-1)
         self.class_names = names or tuple(str(i) for i in range(highest + 1))
         found = {_idx_split(path) for path in self._files}
-        self.splits = tuple(s for s in ("train", "val", "test") if s in found)
+        self.splits = tuple(s for s in SPLITS if s in found)
 
     def split_of(self, piece: Slice) -> str | None:
         return _idx_split(piece.path)

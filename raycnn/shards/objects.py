@@ -12,7 +12,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from raycnn.errors import Bad, DataError, ObjectChanged, ObjectMissing, Status
-from raycnn.shards.collection import SPLIT_NAMES, Collection, Sample, Slice, natural_order
+from raycnn.shards.collection import SPLIT_NAMES, SPLITS, Collection, Sample, Slice, natural_order
 from raycnn.storage import Entry, Store
 
 READ_THREADS = 16
@@ -48,7 +48,7 @@ class ObjectCollection(Collection):
         self.layout, self.reason, self.class_names = layout, reason, class_names
         self._split_folders = split_folders or {}
         self._index = {name: i for i, name in enumerate(class_names)}
-        self.splits = tuple(dict.fromkeys(self._split_folders.values()))
+        self.splits = tuple(s for s in SPLITS if s in self._split_folders.values())
 
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         for entry in self.objects(skipped, exclude):
@@ -95,7 +95,7 @@ class ListCollection(ObjectCollection):
         self._rows = rows
         self.class_names = natural_order(label for label, _ in rows.values() if label)
         self._index = {name: i for i, name in enumerate(self.class_names)}
-        self.splits = tuple(s for s in ("train", "val", "test") if any(split == s for _, split in rows.values()))
+        self.splits = tuple(s for s in SPLITS if any(split == s for _, split in rows.values()))
 
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         listed = self.objects(Counter(), exclude)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from raycnn.config import MIB
 from raycnn.errors import DataError, Status
-from raycnn.shards.collection import Slice
+from raycnn.shards.collection import SPLITS, Slice
 from raycnn.shards.containers import ParquetCollection
 from raycnn.storage import Store
 
@@ -120,7 +120,7 @@ class PackedCollection(ParquetCollection):
             raise DataError(f"{store.url}: packed by a newer raycnn (format {manifest['version']}); upgrade raycnn")
         self.manifest = manifest
         super().__init__(store, "it has a raycnn manifest", "data/", tuple(manifest["class_names"]))
-        self.splits = tuple(s for s in ("train", "val", "test") if self.rows(s))
+        self.splits = tuple(s for s in SPLITS if self.rows(s))
 
     def rows(self, split: str) -> int:
         """Rows of a split, readable or not."""

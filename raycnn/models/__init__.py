@@ -1,0 +1,193 @@
+"""The zoo: `classic`, torchvision's classification models, timm's; all behind one `Classifier`.
+
+A Classifier takes uint8 pixels as they leave `raycnn.images` and normalises them itself, so mean and std
+cannot be forgotten or applied twice. torchvision takes seconds to import, so that waits until one of its models
+is asked for.
+"""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
+from raycnn.errors import BundleError, ConfigError
+from raycnn.models.architectures import CLASSIC, TIMM, architectures, first_conv, head, network, timm_spec, wrong_size
+from raycnn.models.weights import (
+    Published,
+    is_published_name,
+    load_weights,
+    parse_weights,
+    published,
+    read_file,
+)
+
+__all__ = ["CLASSIC", "GRAY_MEAN", "GRAY_STD", "TIMM", "Classifier", "Published", "architectures", "blank", "build"]
+__all__ += ["channels_in", "count_parameters", "feature_maps", "fill", "first_filters", "is_published_name"]
+__all__ += ["load_weights", "parse_weights", "published", "read_file", "timm_spec"]
+
+GRAY_MEAN, GRAY_STD = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+"""ImageNet's, averaged over red, green and blue."""
+
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
+
+class Classifier(nn.Module):
+    """An architecture with its input: uint8 pixels in, logits out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, net: nn.Module, spec: ImageSpec, num_classes: int) -> None:
+        """Wrap `net`, which takes normalised (N, C, H, W) floats; its key names stay its own."""
+        super().__init__()
+        self.name, self.net, self.spec, self.num_classes = name, net, spec, num_classes
+        for key, values in (("mean", spec.mean), ("std", spec.std)):
+            self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (N, num_classes) for uint8 pixels (N, H, W, C); float32 unless autocast says otherwise."""
+        x = pixels.permute(0, 3, 1, 2).to(self.mean.dtype, memory_format=torch.channels_last)
+        return self.net((x / 255 - self.mean) / self.std)
+
+
+def build(
+    name: str, num_classes: int, spec: ImageSpec, weights: str | None = None, *, seed: int | None = None
+) -> Classifier:
+    """A classifier to train, on the CPU, in training mode.
+
+    With a `seed` the initial weights depend on it alone and torch's global generator is left as it was;
+    without one they are drawn from that generator. With `weights` (a .safetensors file, a state dict, or a
+    published name such as DEFAULT) the model starts from those; a head for another number of classes is left
+    out and starts fresh, and a first convolution over RGB is summed up when the images are grayscale.
+
+    Raises:
+        ConfigError: unknown architecture or weights name, or an image size that the architecture cannot take.
+        BundleError: the weights do not fit; names the first difference.
+        StorageError: the weights cannot be read or downloaded.
+    """
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        classifier = Classifier(name, network(name, num_classes, spec), spec, num_classes)
+        if weights is not None:
+            fill(classifier, load_weights(name, weights), weights, new_head=True)
+    _try_out(classifier)
+    return classifier
+
+
+def blank(name: str, num_classes: int, spec: ImageSpec) -> Classifier:
+    """A classifier whose weights are undefined memory until `fill`; for vit_l_16 0.1 s instead of 8 s."""
+    with _NoInit():
+        return Classifier(name, network(name, num_classes, spec), spec, num_classes)
+
+
+def fill(classifier: Classifier, state: Mapping[str, Tensor], source: str, *, new_head: bool = False) -> None:
+    """Copy `state` into the classifier's architecture: every weight, or none is trusted.
+
+    With `new_head`, a head for another number of classes keeps its own values. Auxiliary heads of googlenet
+    and inception_v3, which only training with them would use, are ignored.
+
+    Raises:
+        BundleError: keys or shapes differ; names the first difference and `source`.
+    """
+    net, own = classifier.net, classifier.net.state_dict()
+    state = {_OLD_DENSENET_KEY.sub(r"\1\2", k): v for k, v in state.items() if not k.startswith(_AUXILIARY)}
+    first, votes = first_conv(net), head(classifier.name, net)
+    kernel = state.get(f"{first}.weight")
+    if kernel is not None and kernel.shape[1:2] == (3,) and own[f"{first}.weight"].shape[1] == 1:
+        state[f"{first}.weight"] = kernel.sum(dim=1, keepdim=True)
+    fresh: set[str] = set()
+    classes = state[f"{votes}.weight"].shape[:1] if f"{votes}.weight" in state else (classifier.num_classes,)
+    if classes != (classifier.num_classes,):
+        if not new_head:
+            raise BundleError(f"{source} has a head for {classes[0]} classes, but {classifier.num_classes} are named")
+        fresh = {f"{votes}.weight", f"{votes}.bias"} & own.keys()
+        state = {k: v for k, v in state.items() if k not in fresh}
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            there, here = tuple(state[key].shape), tuple(own[key].shape)
+            raise BundleError(f"{source} does not fit {classifier.name}: {key} is {there}, expected {here}")
+    _copy_all(classifier, state, fresh, source)
+
+
+def _copy_all(classifier: Classifier, state: Mapping[str, Tensor], fresh: set[str], source: str) -> None:
+    try:
+        missing, unexpected = classifier.net.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise BundleError(f"{source} does not fit {classifier.name}: {detail}") from None
+    missing = [key for key in missing if key not in fresh]
+    for keys, verb in ((missing, "lacks"), (unexpected, "has an unexpected")):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise BundleError(f"{source} does not fit {classifier.name}: it {verb} {keys[0]}{more}")
+
+
+def first_filters(classifier: Classifier) -> Tensor:
+    """The learned kernels of the first convolution, (filters, channels, height, width), on the CPU."""
+    return classifier.net.get_submodule(first_conv(classifier.net)).weight.detach().cpu()  # pyright: ignore
+
+
+def feature_maps(classifier: Classifier, pixels: Tensor) -> dict[str, Tensor]:
+    """What leaves each layer for uint8 pixels (N, H, W, C), in the order of computation, on the CPU.
+
+    `classic` shows every layer, conv1 to fc, whose output are the votes; of other architectures only the
+    first convolution is shown.
+    """
+    net, maps = classifier.net, {}
+    first = first_conv(net)
+    layers = dict(net.named_children()) if classifier.name == CLASSIC else {first: net.get_submodule(first)}
+
+    def keep(name: str) -> Any:
+        # A copy: a following in-place ReLU would overwrite what was shown.
+        return lambda _module, _inputs, output: maps.__setitem__(name, output.detach().cpu().clone())
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(keep(name)).remove)
+        classifier(pixels)
+    return maps
+
+
+def channels_in(classifier: Classifier, state: Mapping[str, Tensor]) -> int:
+    """The image channels that weights for this architecture were trained on: 1, else 3."""
+    kernel = state.get(f"{first_conv(classifier.net)}.weight")
+    return 1 if kernel is not None and kernel.shape[1:2] == (1,) else 3
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers training would learn."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _try_out(classifier: Classifier) -> None:
+    """Run one black image, so that an image size that does not work is said before any work is done."""
+    spec = classifier.spec
+    black = torch.zeros((1, spec.height, spec.width, spec.channels), dtype=torch.uint8)
+    classifier.eval()
+    try:
+        with torch.inference_mode():
+            shape = tuple(classifier(black).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise wrong_size(classifier.name, spec, error) from None
+    classifier.train()
+    if shape != (1, classifier.num_classes):
+        raise ConfigError(f"model: {classifier.name} is no classifier: it returns {shape} for one image")
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out the random initialisation of weights."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

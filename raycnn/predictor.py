@@ -1,0 +1,79 @@
+"""Encoded bytes to pixels, pixels to predictions: what evaluation, labeling and serving have in common."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raycnn import images
+from raycnn.bundle import REDUCED_TOLERANCE, Bundle
+from raycnn.errors import Bad, BundleError
+from raycnn.metrics import top_classes
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The k best classes of N images, best first."""
+
+    labels: npt.NDArray[np.int64]
+    """(N, k)"""
+    probabilities: npt.NDArray[np.float32]
+    """(N, k), calibrated with the bundle's temperature."""
+
+
+class Predictor:
+    """A bundle, ready to predict on one device. Not for use by two threads at once."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", top_k: int = 5) -> None:
+        """Move a copy of the bundle's classifier to the device and repeat the self-test there.
+
+        `top_k` is the number of classes that a prediction lists: all of them if there are fewer.
+
+        Raises:
+            BundleError: this device computes other logits.
+        """
+        self.bundle, self.top_k = bundle, min(top_k, len(bundle.class_names))
+        self._device = torch.device(device)
+        on_cpu = self._device.type == "cpu"
+        classifier = bundle.classifier if on_cpu else copy.deepcopy(bundle.classifier)
+        self._classifier = classifier.to(self._device).to(memory_format=torch.channels_last).eval()
+        if not on_cpu:
+            # Accelerators convolve float32 in reduced precision (TF32) by default.
+            moved = bundle.selftest.difference(self.logits(bundle.selftest.pixels), REDUCED_TOLERANCE)
+            if moved:
+                raise BundleError(f"{bundle.url}: the self-test failed on {device}: {moved}")
+
+    def prepare(self, encoded: bytes | None) -> images.Pixels | Bad:
+        """The model's pixels (H, W, C) for an encoded image, or why there are none."""
+        return images.pixels(encoded, self.bundle.spec)
+
+    @torch.inference_mode()
+    def logits(self, batch: images.Pixels) -> Tensor:
+        """Uncalibrated float32 logits (N, classes), on the CPU, for pixels (N, H, W, C); N may be 0.
+
+        An image's logits do not depend on the others in its batch, but for the last digits.
+
+        Raises:
+            ValueError: the pixels are not uint8 or do not have the model's shape.
+        """
+        spec = self.bundle.spec
+        shape = (spec.height, spec.width, spec.channels)
+        if batch.dtype != np.uint8 or batch.shape[1:] != shape:
+            raise ValueError(
+                f"expected uint8 pixels (N, {shape[0]}, {shape[1]}, {shape[2]}), got {batch.dtype} {batch.shape}"
+            )
+        if not len(batch):
+            return torch.zeros((0, len(self.bundle.class_names)))
+        # torch warns about arrays that it could not write to, which is what Ray's object store hands out.
+        pixels = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
+        return self._classifier(pixels.to(self._device)).float().cpu()
+
+    def predict(self, batch: images.Pixels) -> Predictions:
+        """The best classes for pixels (N, H, W, C), in the batch's order; N may be 0."""
+        logits = self.logits(batch)
+        labels = top_classes(logits, self.top_k)
+        probabilities = torch.softmax(logits / self.bundle.temperature, dim=1).gather(1, labels)
+        return Predictions(labels.numpy(), probabilities.numpy())

@@ -1,0 +1,9 @@
+"""What a person sees while a verb works, and what is left to look at when it is done.
+
+ProgressLine: one line on standard error.     write_report: one self-contained report.html beside the run.
+"""
+
+from raycnn.reporting.page import Picture, write_report
+from raycnn.reporting.progress import ProgressLine
+
+__all__ = ["Picture", "ProgressLine", "write_report"]

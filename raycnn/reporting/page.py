@@ -1,0 +1,367 @@
+"""report.html: one file with everything in it, readable without a network and without JavaScript."""
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+import raycnn
+from raycnn.errors import DataError
+from raycnn.reporting.charts import Curve, chart
+from raycnn.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from raycnn.evaluating import EvaluateReport
+
+REPORT = "report.html"
+MATRIX_CLASSES = 30
+"""Up to so many classes the whole confusion matrix is shown; beyond, the pairs that are confused most."""
+PAIRS = 30
+THRESHOLDS = (0.5, 0.8, 0.9, 0.96, 0.99)
+
+
+class Picture(NamedTuple):
+    """A PNG to be shown in the report."""
+
+    title: str
+    png: bytes
+
+
+class _Counts(NamedTuple):
+    """What the tables are made of: the evaluation of a split."""
+
+    split: str
+    rows: int
+    accuracy_top1: float
+    accuracy_top5: float
+    loss: float
+    ece: float
+    per_class: list[dict[str, Any]]
+    confusion: list[list[int]]
+
+
+def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "EvaluateReport | None" = None) -> str:
+    """Write RUN/report.html from what lies in a run folder, and return its URL.
+
+    Args:
+        run_url: a folder that `raycnn train` has filled, local or s3://.
+        pictures: shown in this order.
+        evaluation: the counts to show; without one, those of the best checkpoint on the validation split.
+
+    Raises:
+        DataError: the folder holds no finished epoch.
+    """
+    store = open_store(run_url)
+    history = _history(store)
+    bundle = json.loads(store.get("bundle/config.json"))
+    config = yaml.safe_load(store.get("config.yaml"))
+    counts = _counts(store, bundle["label_names"], evaluation)
+    sections = [
+        _tiles(counts, history, bundle),
+        _section("Learning curves", _curves(history)),
+        _confusion(counts, bundle["label_names"]) if counts else "",
+        _classes(counts) if counts else "",
+        _trust(json.loads(store.get("bundle/validation.json"))),
+        *(_section(p.title, _picture(p)) for p in pictures),
+        _section("Configuration", _config_table(config)),
+    ]
+    title = f"{bundle['model']} on {config['data']}"
+    store.put(REPORT, _page(title, store.url, "\n".join(sections)).encode())
+    return f"{store.url}/{REPORT}"
+
+
+def _history(store: Store) -> list[dict[str, Any]]:
+    if store.head("metrics.jsonl") is None:
+        raise DataError(f"{store.url}: no metrics.jsonl there; is it the run folder of `raycnn train`?")
+    return [json.loads(line) for line in store.get("metrics.jsonl").decode().splitlines()]
+
+
+def _counts(store: Store, class_names: Sequence[str], evaluation: "EvaluateReport | None") -> _Counts | None:
+    if evaluation is not None:
+        return _Counts(*(getattr(evaluation, name) for name in _Counts._fields))
+    from raycnn.metrics import Metrics
+    from raycnn.training import Checkpoints
+
+    checkpoints = Checkpoints(store)
+    if (best := checkpoints.best()) is None:
+        return None
+    metrics = Metrics.from_vector(checkpoints.load(best)["validation"], len(class_names))
+    rates = (metrics.accuracy_top1, metrics.accuracy_top5, metrics.loss, metrics.ece)
+    return _Counts("val", metrics.rows, *rates, metrics.per_class(class_names), metrics.confusion.tolist())
+
+
+# -- the page -----------------------------------------------------------------------------------------------
+
+
+def _page(title: str, url: str, body: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>raycnn: {escape(title)}</title><style>{_STYLE}</style></head><body>\n"
+        f'<header><p class="quiet">raycnn report</p><h1>{escape(title)}</h1>'
+        f'<p class="quiet">{escape(url)}</p></header>\n<main>\n{body}\n</main>\n'
+        f'<footer class="quiet">Made by raycnn {escape(raycnn.__version__)}</footer></body></html>\n'
+    )
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    said = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "") -> str:
+    """A table of ready HTML cells; the first column is the row's name, the others are right-aligned numbers."""
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    lines = (
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    return (
+        f'<div class="wide"><table class="{style}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _tiles(counts: _Counts | None, history: list[dict[str, Any]], bundle: Mapping[str, Any]) -> str:
+    tiles: list[tuple[str, str, str]] = []
+    if counts:
+        right = round(counts.accuracy_top1 * counts.rows)
+        tiles.append(
+            ("accuracy", _percent(counts.accuracy_top1), f"{right:,} of {counts.rows:,} {counts.split} images")
+        )
+        if len(bundle["label_names"]) > 5:
+            tiles.append(("top-5 accuracy", _percent(counts.accuracy_top5), f"{counts.split} split"))
+        tiles.append(("loss", f"{counts.loss:.4f}", f"calibration error {counts.ece:.2%}"))
+    seconds = sum(line["seconds"] for line in history)
+    epochs = f"{len(history)} epoch" + ("s" if len(history) != 1 else "")
+    tiles.append(("training", _duration(seconds), f"{epochs}, {history[-1]['step']:,} steps"))
+    tiles.append(("speed", f"{history[-1]['images_per_s']:,.0f}", "training images/s, last epoch"))
+    spec = bundle["image_spec"]
+    size = f"{spec['height']} x {spec['width']} x {spec['channels']}"
+    tiles.append(("parameters", f"{bundle['parameters']:,}", f"input {size}, {len(bundle['label_names'])} classes"))
+    shown = (
+        f'<div class="tile"><p class="quiet">{escape(name)}</p><p class="figure">{escape(value)}</p>'
+        f'<p class="quiet">{escape(note)}</p></div>'
+        for name, value, note in tiles
+    )
+    return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def _picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    return f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+
+
+def _config_table(config: Mapping[str, Any]) -> str:
+    return _table(("setting", "value"), ((escape(str(k)), escape(_plain(v))) for k, v in config.items()), "text")
+
+
+# -- curves -------------------------------------------------------------------------------------------------
+
+
+def _curves(history: list[dict[str, Any]]) -> str:
+    def curve(name: str, key: str, factor: float = 1) -> Curve:
+        return Curve(name, name, [line[key] * factor for line in history])
+
+    loss = chart("Loss", [curve("train", "train/loss"), curve("val", "val/loss")], "{:.3g}", low=0)
+    accuracy = chart("Accuracy in %", [curve("val", "metrics/accuracy_top1", 100)], "{:.4g} %", high=100)
+    lines = (
+        (
+            str(line["epoch"] + 1),
+            f"{line['train/loss']:.4f}",
+            f"{line['val/loss']:.4f}",
+            _percent(line["metrics/accuracy_top1"]),
+            f"{line['lr']:.3g}",
+            f"{line['images_per_s']:,.0f}",
+            f"{line['seconds']:.1f}",
+        )
+        for line in history
+    )
+    head = ("epoch", "train loss", "val loss", "val accuracy", "last learning rate", "images/s", "seconds")
+    details = f"<details><summary>Every epoch as numbers</summary>{_table(head, lines)}</details>"
+    return f'<div class="charts">{loss}{accuracy}</div>{details}'
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
+def _confusion(counts: _Counts, class_names: Sequence[str]) -> str:
+    pairs = _pairs(counts.confusion)
+    wrong = sum(n for n, _, _ in pairs)
+    if len(class_names) > MATRIX_CLASSES:
+        note = f"{wrong:,} of {counts.rows:,} {counts.split} images are taken for another class."
+        return _section("Most confused", _pair_table(pairs, counts.confusion, class_names), note)
+    note = (
+        f"Rows are the truth, columns what the network said, on {counts.rows:,} {counts.split} images, "
+        f"{wrong:,} of them wrong. The stronger a cell's colour, the larger its share of the row."
+    )
+    return _section("Confusion matrix", _matrix(counts.confusion, class_names), note)
+
+
+def _matrix(confusion: list[list[int]], class_names: Sequence[str]) -> str:
+    heads = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in class_names)
+    lines = []
+    for i, row in enumerate(confusion):
+        total = sum(row) or 1
+        cells = "".join(_cell(n, n / total, i == j, class_names[i], class_names[j]) for j, n in enumerate(row))
+        lines.append(f'<tr><th scope="row">{escape(class_names[i])}</th>{cells}</tr>')
+    small = " small" if len(class_names) > 15 else ""
+    long = " long" if max(map(len, class_names)) > 4 else ""
+    head = f'<thead><tr><th class="corner">truth</th>{heads}</tr></thead>'
+    return f'<div class="wide"><table class="matrix{small}{long}">{head}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(count: int, share: float, is_right: bool, truth: str, said: str) -> str:
+    if not count:
+        return "<td></td>"
+    # A square root, so that a confusion of one in a hundred can still be seen.
+    strength = share if is_right else math.sqrt(share)
+    kind = "right" if is_right else "wrong"
+    dark = " dark" if strength > 0.6 else ""
+    title = escape(f"{truth}, taken for {said}: {count:,} ({share:.1%})" if not is_right else f"{truth}: {share:.1%}")
+    return f'<td class="{kind}{dark}" style="--s:{strength * 100:.0f}%" title="{title}">{count:,}</td>'
+
+
+def _pairs(confusion: list[list[int]]) -> list[tuple[int, int, int]]:
+    """(images, truth, said) off the diagonal, the most frequent first."""
+    found = [(n, i, j) for i, row in enumerate(confusion) for j, n in enumerate(row) if n and i != j]
+    return sorted(found, key=lambda pair: (-pair[0], pair[1], pair[2]))
+
+
+def _pair_table(pairs: list[tuple[int, int, int]], confusion: list[list[int]], class_names: Sequence[str]) -> str:
+    rows = (
+        (escape(class_names[i]), escape(class_names[j]), f"{n:,}", _percent(n / sum(confusion[i])))
+        for n, i, j in pairs[:PAIRS]
+    )
+    more = f"<p>and {len(pairs) - PAIRS:,} more pairs</p>" if len(pairs) > PAIRS else ""
+    return _table(("truth", "taken for", "images", "of the class"), rows) + more
+
+
+def _classes(counts: _Counts) -> str:
+    many = len(counts.per_class) > MATRIX_CLASSES
+    lines = sorted(counts.per_class, key=lambda c: (c["f1"] is None, c["f1"] or 0)) if many else counts.per_class
+    rows = (
+        (
+            escape(line["class_name"]),
+            _percent(line["precision"]),
+            _percent(line["recall"]),
+            _bar(line["f1"]),
+            f"{line['support']:,}",
+        )
+        for line in lines
+    )
+    table = _table(("class", "precision", "recall", "F1", "images"), rows)
+    note = "Precision: how often the network is right when it says the class. Recall: how much of the class it finds."
+    if many:
+        table = f"<details><summary>All {len(lines):,} classes, the worst first</summary>{table}</details>"
+    return _section("By class", table, note)
+
+
+def _bar(share: float | None) -> str:
+    if share is None:
+        return "-"
+    return f'<span class="bar"><i style="width:{share * 100:.1f}%"></i></span>{_percent(share)}'
+
+
+def _trust(validation: Mapping[str, Any]) -> str:
+    """How many predictions are left, and how right they are, above a confidence."""
+    by_threshold = {round(line["threshold"], 4): line for line in validation.get("coverage", [])}
+    rows = [
+        (f"{t:g}", _percent(line["coverage"]), _percent(line["accuracy"]))
+        for t in THRESHOLDS
+        if (line := by_threshold.get(t)) is not None
+    ]
+    if not rows:
+        return ""
+    note = (
+        f"On {validation['rows']:,} validation images, with probabilities calibrated by the temperature "
+        f"{validation['temperature']:.3g}: what accepting only confident predictions keeps, and how right that is."
+    )
+    return _section("When to trust it", _table(("probability at least", "kept", "right"), rows), note)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#fff;--ink:#1a2130;--quiet:#5d6778;--line:#dfe3ea;--card:#f5f7fa;
+--train:#2563c9;--val:#c2570c;--right:#2f855a;--wrong:#c53030}
+@media (prefers-color-scheme:dark){:root{--page:#14181f;--ink:#e6e9ef;--quiet:#98a2b3;--line:#333b49;
+--card:#1d232d;--train:#78a9ff;--val:#ff9f5a;--right:#3d9a6b;--wrong:#e0524f}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1040px;padding:32px 24px 64px;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
+h1{font-size:28px;line-height:1.2;margin:2px 0 4px;overflow-wrap:anywhere}
+h2{font-size:20px;margin:0 0 6px}
+p{margin:0}
+.quiet{color:var(--quiet);font-size:14px;overflow-wrap:anywhere}
+section{margin-top:44px}
+section>.quiet{max-width:75ch;margin-bottom:12px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:28px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
+.figure{font-size:24px;font-weight:650;font-variant-numeric:tabular-nums;white-space:nowrap}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:24px}
+svg{width:100%;height:auto}
+svg text{font-size:12px;fill:var(--quiet)}
+svg text.title{font-size:14px;font-weight:600;fill:var(--ink)}
+svg text.train{fill:var(--train);font-weight:600}
+svg text.val{fill:var(--val);font-weight:600}
+svg .grid{stroke:var(--line)}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round}
+polyline.train{stroke:var(--train)}
+polyline.val{stroke:var(--val)}
+circle.train{fill:var(--train)}
+circle.val{fill:var(--val)}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
+th,td{padding:5px 12px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th{font-weight:600}
+thead th{color:var(--quiet);font-weight:500;vertical-align:bottom}
+tbody th,thead th:first-child{text-align:left}
+.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.text thead th{text-align:left}
+.bar{display:inline-block;width:90px;height:9px;margin-right:10px;background:var(--line);border-radius:3px}
+.bar i{display:block;height:100%;background:var(--train);border-radius:3px}
+.matrix{border-collapse:separate;border-spacing:2px}
+.matrix th,.matrix td{border:0;padding:4px 6px;text-align:center}
+.matrix td{min-width:46px;height:32px;background:var(--card);border-radius:4px}
+.matrix tbody th{text-align:right;padding-right:10px}
+.matrix .corner{text-align:right;padding-right:10px}
+.matrix.small{font-size:12px}
+.matrix.small td{min-width:28px;height:26px;padding:2px}
+.matrix.long thead span{writing-mode:vertical-rl;transform:rotate(180deg)}
+.matrix td.right{background:color-mix(in srgb,var(--right) var(--s),var(--card))}
+.matrix td.wrong{background:color-mix(in srgb,var(--wrong) var(--s),var(--card))}
+.matrix td.dark{color:#fff}
+img{width:100%;height:auto;border:1px solid var(--line);border-radius:10px;background:#fff}
+summary{cursor:pointer;margin-top:12px;color:var(--quiet);font-size:14px}
+footer{margin-top:56px;border-top:1px solid var(--line);padding-top:12px}
+@media print{:root{--page:#fff;--ink:#000;--quiet:#444;--line:#ccc;--card:#f5f7fa;--train:#2563c9;--val:#c2570c;
+--right:#2f855a;--wrong:#c53030}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{max-width:none;padding:0;font-size:12px}
+section{break-inside:avoid;margin-top:28px}
+.charts{grid-template-columns:1fr 1fr}
+img{max-height:230mm;width:auto;max-width:100%}}
+"""

@@ -1,0 +1,176 @@
+"""One line that says how far a verb is, how fast, and how long it will still take."""
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self, TextIO
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+WINDOW_S = 30.0
+"""Speed is measured over the images of this many last seconds, or of two reports where they come slower."""
+PLAIN_EVERY_S = 30.0
+PLAIN_EVERY_SHARE = 0.05
+PLAIN_GAP_S = 2.0
+"""Where there is no terminal: a line every 30 s or every 5 %, but not a flood when the work is quick."""
+
+
+class Meter:
+    """Speed and time left of one stage of work, from its progress events alone."""
+
+    def __init__(self, total: int, start: float) -> None:
+        """Measure work of `total` images; `start` and all other times are seconds of one clock."""
+        self.total, self.done, self.start = total, 0, start
+        self._points: deque[tuple[float, int]] = deque()
+
+    def add(self, done: int, now: float) -> None:
+        """So many are done now."""
+        self.done = done
+        self._points.append((now, done))
+        while len(self._points) > 2 and now - self._points[1][0] >= WINDOW_S:
+            self._points.popleft()
+
+    def rate(self, now: float) -> float | None:
+        """Images per second lately, or None before two reports; falls when a report is overdue."""
+        if len(self._points) < 2:
+            return None
+        (first, before), (last, after) = self._points[0], self._points[-1]
+        gap = (last - first) / (len(self._points) - 1)
+        elapsed = max(last, now - 2 * gap) - first
+        return (after - before) / elapsed if elapsed > 0 else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """At the speed of late, or None where nothing is known yet."""
+        rate = self.rate(now)
+        return (self.total - self.done) / rate if rate else None
+
+
+class ProgressLine:
+    """Takes the events of a verb and draws them; never writes to standard output.
+
+        {"kind": "note", "text"}                             a line that stays
+        {"kind": "progress", "done", "total", "text"}        moves the line; a `rate` in it is shown as it is
+        {"kind": "epoch", "epoch", "epochs", ...metrics}     a line that stays
+
+    On a terminal the line is redrawn in place and gone at the end; elsewhere it is printed now and then.
+    """
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Draw on `stream`, standard error by default."""
+        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False)
+        self._clock, self._lock = clock, threading.Lock()
+        self._start = clock()
+        self._meter: Meter | None = None
+        self._event: dict[str, Any] = {}
+        self._printed = (self._start, 0.0)
+        self._live: Live | None = None
+        self._spinner = Spinner("dots")
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            live = Live(
+                get_renderable=self._drawn,
+                console=self._console,
+                refresh_per_second=8,
+                transient=True,
+                redirect_stdout=False,
+            )
+            live.start()
+            self._live = live
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event; may be called from any thread."""
+        with self._lock:
+            if event["kind"] == "progress":
+                self._advance(event)
+            elif event["kind"] == "epoch":
+                self._print(_epoch_text(event))
+            else:
+                self._print(event["text"])
+
+    def _advance(self, event: dict[str, Any]) -> None:
+        now, done, total = self._clock(), event["done"], event["total"]
+        if self._meter is None or self._meter.total != total or done < self._meter.done:
+            self._meter, self._printed = Meter(total, now), (now, 0.0)
+        self._meter.add(done, now)
+        self._event = event
+        if self._live is None:
+            self._print_now_and_then(now)
+
+    def _print_now_and_then(self, now: float) -> None:
+        assert self._meter is not None
+        share = self._meter.done / max(1, self._meter.total)
+        since, before = self._printed
+        is_due = share - before >= PLAIN_EVERY_SHARE and now - since >= PLAIN_GAP_S
+        if is_due or now - since >= PLAIN_EVERY_S or self._meter.done >= self._meter.total:
+            self._printed = (now, share)
+            self._print(self._text(now))
+
+    def _print(self, text: str) -> None:
+        if self._live is None:
+            # Not wrapped: the reader is a file or a pipe.
+            self._console.file.write(text + "\n")
+            self._console.file.flush()
+        else:
+            self._console.print(text)
+
+    def _text(self, now: float) -> str:
+        meter, event = self._meter, self._event
+        assert meter is not None
+        rate = event.get("rate") or meter.rate(now)
+        left = meter.seconds_left(now)
+        is_done = meter.done >= meter.total
+        parts = [
+            f"{min(meter.done, meter.total):,}/{meter.total:,} images",
+            f"{rate:,.0f} images/s" if rate else "",
+            f"{_clock_text(left)} left" if left is not None and not is_done else "",
+            event.get("text", ""),
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _drawn(self) -> RenderableType:
+        now = self._clock()
+        if self._meter is None:
+            self._spinner.update(text=Text(_clock_text(now - self._start)))
+            return self._spinner
+        width = 24 if self._console.width >= 90 else 10
+        bar = ProgressBar(total=max(1, self._meter.total), completed=self._meter.done, width=width)
+        line = Table.grid(padding=(0, 1))
+        line.add_row(bar, Text(self._text(now), no_wrap=True, overflow="ellipsis"))
+        return line
+
+
+def _epoch_text(event: dict[str, Any]) -> str:
+    parts = [
+        f"epoch {event['epoch'] + 1}/{event['epochs']}",
+        f"train loss {event['train/loss']:.4f}",
+        f"val loss {event['val/loss']:.4f}",
+        f"accuracy {event['metrics/accuracy_top1']:.2%}",
+        f"{event['images_per_s']:,.0f} images/s",
+    ]
+    if skipped := event.get("skipped"):
+        parts.append("skipped " + ", ".join(f"{count} {status}" for status, count in sorted(skipped.items())))
+    return "  ".join(parts)
+
+
+def _clock_text(seconds: float) -> str:
+    """1:05 for 65 seconds, 2:01:05 for more than an hour, 3 d 4 h for more than two days."""
+    whole = round(seconds)
+    if whole >= 172_800:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

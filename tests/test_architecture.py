@@ -1,0 +1,139 @@
+"""The layer rule, kept by the syntax tree and by a fresh interpreter."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "raycnn"
+
+LAYERS: list[set[str]] = [
+    {"errors", "config"},
+    {"storage", "s3local", "images", "shards", "ledger"},
+    {"models", "metrics", "loop", "bundle", "predictor"},
+    {"data", "packing", "training", "evaluating", "labeling", "serving", "autoscaling"},
+    {"reporting", "explaining", "demo", "cli"},
+]
+LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
+WITHIN = {
+    ("config", "errors"),
+    ("shards", "storage"),
+    ("ledger", "storage"),
+    ("ledger", "shards"),
+    ("loop", "metrics"),
+    ("bundle", "models"),
+    ("predictor", "bundle"),
+    ("bundle", "predictor"),
+    ("packing", "data"),
+    ("training", "data"),
+    ("training", "packing"),
+    ("evaluating", "data"),
+    ("labeling", "data"),
+    ("serving", "data"),
+    ("demo", "reporting"),
+    ("demo", "explaining"),
+    ("cli", "reporting"),
+}
+"""Imports inside a layer that are part of the design."""
+
+
+def modules() -> dict[str, list[Path]]:
+    """Module name -> its files."""
+    found: dict[str, list[Path]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            found.setdefault(name, []).append(file)
+    return found
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(name: str) -> str | None:
+    """The raycnn module that a dotted name belongs to."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "raycnn" and len(parts) > 1 and parts[1] in LAYER_OF else None
+
+
+def violations(name: str, imports: set[str]) -> list[str]:
+    wrong = []
+    for target in imports:
+        other = own(target)
+        if other is None or other == name:
+            continue
+        if LAYER_OF[other] > LAYER_OF[name] or (LAYER_OF[other] == LAYER_OF[name] and (name, other) not in WITHIN):
+            wrong.append(f"{name} imports {target}")
+    top = {i.split(".")[0] for i in imports}
+    if LAYER_OF[name] < 3 and "ray" in top:
+        wrong.append(f"{name} imports ray")
+    if LAYER_OF[name] < 1 and top & {"torch", "torchvision", "numpy", "pyarrow"}:
+        wrong.append(f"{name} imports more than pydantic and yaml")
+    return wrong
+
+
+def test_every_module_has_its_layer():
+    assert set(modules()) == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("name", sorted(LAYER_OF))
+def test_a_module_imports_only_from_layers_below(name):
+    assert not [w for file in modules()[name] for w in violations(name, imported(file))]
+
+
+def test_the_layer_test_can_fail():
+    assert violations("images", {"raycnn.training.train"})
+    assert violations("storage", {"ray.data"})
+    assert violations("errors", {"numpy.array"})
+
+
+def fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_layers_below_ray_import_without_ray():
+    names = ", ".join(f"raycnn.{m}" for layer in LAYERS[:3] for m in sorted(layer))
+    assert "False" in fresh(f"import sys, {names}; print('ray' in sys.modules)")
+
+
+def test_layers_below_torch_import_without_torch():
+    names = ", ".join(f"raycnn.{m}" for layer in LAYERS[:2] for m in sorted(layer))
+    assert "False False" in fresh(f"import sys, {names}; print('ray' in sys.modules, 'torch' in sys.modules)")
+
+
+def test_importing_everything_changes_nothing(tmp_path):
+    code = (
+        "import os, sys, logging, importlib, pkgutil\n"
+        "before = dict(os.environ), list(logging.getLogger().handlers)\n"
+        "import raycnn\n"
+        "for m in pkgutil.iter_modules(raycnn.__path__):\n"
+        "    if m.name != 'autoscaling': importlib.import_module('raycnn.' + m.name)\n"
+        "changed = {k for k in os.environ if os.environ[k] != before[0].get(k)}\n"
+        "print(sorted(k for k in changed if not k.startswith(('KMP_', 'TORCHINDUCTOR', 'RAY_CLIENT'))))\n"
+        "print(list(logging.getLogger().handlers) == before[1])\n"
+        "print(all(callable(getattr(raycnn, v)) for v in raycnn.__all__ if v != '__version__'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.stdout.splitlines() == ["[]", "True", "True"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_module_hides_behind_an_empty_name():
+    banned = {"utils", "util", "helpers", "common", "manager", "factory", "processor", "handler", "misc"}
+    assert not {file.stem for files in modules().values() for file in files} & banned

@@ -1,0 +1,166 @@
+"""Packing: nothing is dropped, nothing is redone, and other tools read the result."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import raycnn
+from raycnn.config import PackConfig, make
+from raycnn.errors import ConfigError, DataError
+from raycnn.packing import split_for, split_shares
+from raycnn.shards import PackedCollection, open_collection
+from raycnn.storage import open_store
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def png(value: int, size: int = 8, mode: str = "L") -> bytes:
+    sink = io.BytesIO()
+    Image.new(mode, (size, size), value if mode == "L" else (value, 0, 0)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def fill(url: str, files: dict[str, bytes]) -> str:
+    store = open_store(url)
+    for name, content in files.items():
+        store.put(name, content)
+    return url
+
+
+def images(count: int, classes: int = 3) -> dict[str, bytes]:
+    """`count` images that all differ, spread over class folders."""
+    return {f"class{i % classes}/{i:04d}.png": png(i % 256, 8 + i // 256) for i in range(count)}
+
+
+def rows_of(url: str) -> list[dict]:
+    store = open_store(url)
+    manifest = json.loads(store.get("manifest.json"))
+    tables = [pq.read_table(io.BytesIO(store.get(s["path"]))) for s in manifest["shards"]]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+@pytest.mark.s3
+def test_every_image_of_an_s3_prefix_is_packed_once_with_its_label_and_status(s3_url):
+    files = images(300) | {
+        "class0/empty.png": b"",
+        "class1/page.jpg": b"<html>not found</html>",
+        "class2/half.png": png(9, 64, "RGB")[:60],
+    }
+    source = fill(f"{s3_url}/raw", files)
+    report = raycnn.pack(source, f"{s3_url}/packed", val=0.2, test=0.2)
+    assert report.rows == 303
+    assert sum(report.splits.values()) == 303
+    assert report.status == {"ok": 300, "empty": 1, "unsupported": 1, "truncated": 1}
+    rows = rows_of(f"{s3_url}/packed")
+    assert sorted(r["key"] for r in rows) == sorted(files)
+    names = open_collection(f"{s3_url}/packed").class_names
+    for row in rows:
+        assert names[row["label"]] == row["key"].split("/")[0]
+        assert (row["image"]["bytes"] or b"") == files[row["key"]]
+    unreadable = open_store(f"{s3_url}/packed").get("unreadable.jsonl").decode().splitlines()
+    assert {json.loads(line)["key"] for line in unreadable} == {"class0/empty.png", "class1/page.jpg", "class2/half.png"}
+
+
+def test_packing_again_writes_nothing(tmp_path):
+    source = fill(str(tmp_path / "raw"), images(40))
+    first = raycnn.pack(source, str(tmp_path / "packed"))
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "packed").rglob("*") if f.is_file()}
+    again = raycnn.pack(source, str(tmp_path / "packed"))
+    assert first.shards_written > 0
+    assert again.shards_written == 0
+    assert again.rows == first.rows
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "packed").rglob("*") if f.is_file()} == before
+
+
+def test_duplicates_across_splits_and_classes_are_found(tmp_path):
+    files = images(60) | {f"class1/copy{i}.png": png(0) for i in range(12)}
+    report = raycnn.pack(fill(str(tmp_path / "raw"), files), str(tmp_path / "packed"), val=0.3, test=0.3)
+    assert report.duplicates == {"groups": 1, "images": 12, "across_splits": 1, "across_classes": 1}
+    line = json.loads((tmp_path / "packed" / "duplicates.jsonl").read_text())
+    assert "class0/0000.png" in line["keys"]
+    assert set(line["classes"]) == {"class0", "class1"}
+
+
+def test_rows_are_mixed_and_the_order_depends_on_the_seed_alone(tmp_path):
+    source = fill(str(tmp_path / "raw"), images(200, classes=2))
+    keys = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        raycnn.pack(source, str(tmp_path / name), seed=seed, val=0, test=0)
+        keys[name] = [r["key"] for r in rows_of(str(tmp_path / name))]
+    assert keys["a"] == keys["b"] != keys["c"]
+    assert sorted(keys["a"]) == sorted(keys["c"])
+    first_half = sum(k.startswith("class0/") for k in keys["a"][:100])
+    assert 30 < first_half < 70
+
+
+def test_class_sorted_parquet_is_mixed_through_a_window(tmp_path):
+    source = fill(str(tmp_path / "raw"), images(400, classes=2))
+    raycnn.pack(source, str(tmp_path / "once"), val=0, test=0)
+    table = pq.read_table(tmp_path / "once" / "data" / "train-00000-of-00001.parquet").sort_by("label")
+    (tmp_path / "sorted").mkdir()
+    pq.write_table(table, tmp_path / "sorted" / "all.parquet", row_group_size=50)
+    report = raycnn.pack(str(tmp_path / "sorted"), str(tmp_path / "mixed"), val=0.1, test=0.1)
+    rows = rows_of(str(tmp_path / "mixed"))
+    assert sorted(r["key"] for r in rows) == sorted(table["key"].to_pylist())
+    assert set(report.splits) == {"train", "val", "test"}
+    train = [r["label"] for r in rows if split_for(r["key"], None, (), make(PackConfig, {"src": "", "dst": ""})) == "train"]
+    assert 0.35 < np.mean(train[:100]) < 0.65
+
+
+@pytest.mark.timeout(180)
+def test_a_pack_that_was_killed_resumes_and_keeps_what_was_done(tmp_path):
+    source = fill(str(tmp_path / "raw"), {f"c{i % 2}/{i}.png": os.urandom(700_000) for i in range(16)})
+    command = [sys.executable, "-m", "raycnn.cli", "pack", source, str(tmp_path / "packed"), "--shard-mib", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "packed" / "_pack" / "parts"
+    while process.poll() is None and not (parts.exists() and len(list(parts.glob("*.json"))) >= 2):
+        pass
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {f: f.stat().st_mtime_ns for f in parts.glob("*.json")}
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+    report = raycnn.pack(source, str(tmp_path / "packed"), shard_mib=1)
+    assert report.rows == 16
+    assert 0 < report.shards_written <= 16 - len(done)
+    assert all(f.stat().st_mtime_ns == at for f, at in done.items())
+
+
+def test_an_output_inside_its_input_is_refused(tmp_path):
+    source = fill(str(tmp_path / "raw"), images(4))
+    with pytest.raises(ConfigError, match="lie inside each other"):
+        raycnn.pack(source, f"{source}/packed")
+    assert not Path(source, "packed").exists()
+
+
+def test_another_source_does_not_mix_into_a_packed_set(tmp_path):
+    raycnn.pack(fill(str(tmp_path / "a"), images(10)), str(tmp_path / "packed"))
+    with pytest.raises(ConfigError, match="begun with another selection"):
+        raycnn.pack(fill(str(tmp_path / "b"), images(10)), str(tmp_path / "packed"))
+
+
+def test_a_packed_shard_that_was_cut_is_named(tmp_path):
+    raycnn.pack(fill(str(tmp_path / "raw"), images(30)), str(tmp_path / "packed"), val=0, test=0)
+    shard = tmp_path / "packed" / "data" / "train-00000-of-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    packed = open_collection(str(tmp_path / "packed"))
+    assert isinstance(packed, PackedCollection)
+    with pytest.raises(DataError, match="its manifest says"):
+        list(packed.select("all", __import__("collections").Counter()))
+
+
+def test_a_source_with_its_own_splits_keeps_them_and_validation_is_held_out_of_train():
+    config = make(PackConfig, {"src": "a", "dst": "b", "val": 0.5})
+    assert split_for("x", "test", ("train", "test"), config) == "test"
+    assert {split_for(str(i), "train", ("train", "test"), config) for i in range(50)} == {"train", "val"}
+    assert split_for("x", "train", ("train", "val"), config) == "train"
+    assert split_shares("train", ("train", "test"), config) == {"train": 0.5, "val": 0.5}
