@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -54,45 +53,10 @@ def run(argv: Sequence[str]) -> int:
         print("raycnn: interrupted; the same command again resumes", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        told = unwrap(error)
+        told = errors.unwrap(error)
         if told is None:
             raise
         return _complain(told)
-
-
-def unwrap(error: BaseException) -> RaycnnError | None:
-    """The RaycnnError that a worker raised and Ray wrapped on its way here; None if it was something else."""
-    pending, seen = [error], set()
-    while pending:
-        error = pending.pop(0)
-        if id(error) in seen:
-            continue
-        seen.add(id(error))
-        # What Ray raises for a task inherits from the error's class as well, but its text is a traceback.
-        if isinstance(error, RaycnnError) and not hasattr(error, "cause"):
-            return error
-        if type(error).__module__.startswith("ray.") and (quoted := _quoted(str(error))):
-            return quoted
-        pending += _wrapped(error)
-    return None
-
-
-def _wrapped(error: BaseException) -> Iterator[BaseException]:
-    failures = getattr(error, "worker_failures", None) or {}
-    names = ("cause", "controller_failure", "__cause__")
-    for inner in (*(getattr(error, name, None) for name in names), *failures.values()):
-        if isinstance(inner, BaseException):
-            yield inner
-
-
-def _quoted(text: str) -> RaycnnError | None:
-    """What a traceback's text ends with: all that Ray Data and actor constructors leave of one."""
-    last = text.rpartition("During handling of the above exception, another exception occurred")[2]
-    found = re.findall(r"^raycnn\.errors\.(\w+): (.+)$", last, re.MULTILINE)
-    if not found:
-        return None
-    name, message = found[-1]
-    return getattr(errors, name)(message)
 
 
 def _complain(error: RaycnnError) -> int:
@@ -153,7 +117,7 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
         settings = config.make(verb.schema, values | config.from_environment(verb.schema) | flags)
         out = sys.stdout
         with redirect_stdout(sys.stderr if as_json else out):
-            report = verb.load()(settings)
+            report = _call(verb.load(), settings)
         _print_report(report, as_json, out)
         error = getattr(report, "error", None)
         return _complain(error) if isinstance(error, RaycnnError) else 0
@@ -161,6 +125,16 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
     command.__name__ = name
     command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return command
+
+
+def _call(function: Callable[..., Any], settings: VerbConfig) -> Any:
+    """The verb's report; a verb that tells how far it is gets a line on standard error for it."""
+    if "progress" not in inspect.signature(function).parameters:
+        return function(settings)
+    from raycnn.reporting import ProgressLine
+
+    with ProgressLine() as progress:
+        return function(settings, progress=progress)
 
 
 def _parameters(schema: type[VerbConfig]) -> Iterator[inspect.Parameter]:

@@ -7,17 +7,19 @@ actors for a CPU; the stage that owns an item reads, decodes and works. Rows in 
     stream        {"item": json of the item}  ->  what the function returns, in the order of the items
 """
 
+import functools
 import json
 import logging
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from raycnn.errors import ConfigError, RaycnnError
+from raycnn.errors import ConfigError, unwrap
 
 UNSAFE_VARIABLES = (
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
@@ -29,6 +31,9 @@ UNSAFE_VARIABLES = (
 
 MIN_RANK_CPUS = 0.25
 """Below this share of a CPU a training worker and its decoding make no progress worth the name."""
+
+MAX_BLOCKS = 10_000
+"""Blocks that the items of one pipeline are spread over; one item each, up to here."""
 
 FEED_MEMORY_BYTES = 512 * 1024 * 1024
 """Decoded pixels that wait for one training worker."""
@@ -168,66 +173,54 @@ def resources() -> tuple[Resources, Resources]:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Re-raise a RaycnnError that a worker raised as itself, without Ray's wrappers around it."""
-    from ray.exceptions import RayError
+    from ray.data.exceptions import SystemException
+    from ray.exceptions import RayError, UserCodeException
     from ray.train import TrainingFailedError
 
     try:
         yield
-    except (RayError, TrainingFailedError) as error:
-        if (cause := find_user_error(error)) is not None:
+    except (RayError, UserCodeException, SystemException, TrainingFailedError) as error:
+        if (cause := unwrap(error)) is not None:
             raise cause from None
         raise
 
 
-def find_user_error(error: BaseException | None) -> RaycnnError | None:
-    """The RaycnnError in a chain of causes, if there is one."""
-    waiting: list[Any] = [error]
-    seen: set[int] = set()
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        if isinstance(current, RaycnnError):
-            return current
-        seen.add(id(current))
-        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        waiting += list(getattr(current, "worker_failures", {}).values())
-    return None
-
-
 def map_units(
-    worker: type | Callable[..., Any],
+    worker: type,
     items: Sequence[dict[str, Any]],
     plan: UnitPlan,
-    arguments: dict[str, Any] | None = None,
+    arguments: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Work on each item on one of the plan's workers; yield the results as they come.
 
+    Without GPUs the workers are tasks, because Ray lends a later pipeline of the same driver the processes of an
+    earlier one: importing torch takes longer than many a pipeline. A GPU is held by an actor.
+
     Args:
-        worker: a class, made once per actor with `arguments`, or a function, run in tasks: item -> result.
+        worker: a class, made once in each process with `arguments`; called with an item it returns the result.
         items: JSON-able.
         plan: from `plan_units`.
-        arguments: constructor arguments of a class, or keyword arguments of a function.
+        arguments: JSON-able constructor arguments.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000))
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
     options: dict[str, Any] = {"num_cpus": plan.cpus, "batch_size": 1, "batch_format": "numpy"}
+    made = json.dumps(arguments)
     if plan.gpus:
-        options["num_gpus"] = plan.gpus
-    if isinstance(worker, type):
         mapped = dataset.map_batches(
             _ItemActor,
-            fn_constructor_args=(worker, arguments or {}),
+            fn_constructor_args=(worker, made),
             compute=ActorPoolStrategy(min_size=plan.min_workers, max_size=plan.workers),
+            num_gpus=plan.gpus,
             **options,
         )
     else:
         mapped = dataset.map_batches(
-            _call_on_item,
-            fn_kwargs={"function": worker, "arguments": arguments or {}},
+            _work_in_task,
+            fn_kwargs={"worker": worker, "arguments": made, "run": uuid.uuid4().hex},
             compute=TaskPoolStrategy(size=plan.workers),
             **options,
         )
@@ -237,17 +230,21 @@ def map_units(
 
 
 class _ItemActor:
-    def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
-        self._worker = worker(**arguments)
+    def __init__(self, worker: type, arguments: str) -> None:
+        self._worker = worker(**json.loads(arguments))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return _results(batch, self._worker)
 
 
-def _call_on_item(
-    batch: dict[str, np.ndarray], function: Callable[..., Any], arguments: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    return _results(batch, lambda item: function(item, **arguments))
+def _work_in_task(batch: dict[str, np.ndarray], worker: type, arguments: str, run: str) -> dict[str, np.ndarray]:
+    return _results(batch, _made_once(worker, arguments, run))
+
+
+@functools.lru_cache(maxsize=1)
+def _made_once(worker: type, arguments: str, run: str) -> Callable[[Any], Any]:
+    """The run's worker of this process; `run` keeps a later run from seeing what this one has cached."""
+    return worker(**json.loads(arguments))
 
 
 def _results(batch: dict[str, np.ndarray], work: Callable[[Any], Any]) -> dict[str, np.ndarray]:

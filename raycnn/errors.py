@@ -12,6 +12,9 @@ A failure of one image is not an exception but a value: `Bad(status, detail)`. E
 infrastructure, and keeps its traceback.
 """
 
+import re
+import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import ClassVar, NamedTuple
 
@@ -79,3 +82,38 @@ class Bad(NamedTuple):
 
     status: Status
     detail: str
+
+
+def unwrap(error: BaseException) -> RaycnnError | None:
+    """The RaycnnError that a worker raised and Ray wrapped on its way here; None if it was something else."""
+    pending, seen = [error], set()
+    while pending:
+        error = pending.pop(0)
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        # What Ray raises for a task inherits from the error's class as well, but its text is a traceback.
+        if isinstance(error, RaycnnError) and not hasattr(error, "cause"):
+            return error
+        if type(error).__module__.startswith("ray.") and (quoted := _quoted(str(error))):
+            return quoted
+        pending += _wrapped(error)
+    return None
+
+
+def _wrapped(error: BaseException) -> Iterator[BaseException]:
+    failures = getattr(error, "worker_failures", None) or {}
+    names = ("cause", "controller_failure", "__cause__")
+    for inner in (*(getattr(error, name, None) for name in names), *failures.values()):
+        if isinstance(inner, BaseException):
+            yield inner
+
+
+def _quoted(text: str) -> RaycnnError | None:
+    """What a traceback's text ends with: all that Ray Data and actor constructors leave of one."""
+    last = text.rpartition("During handling of the above exception, another exception occurred")[2]
+    found = re.findall(r"^raycnn\.errors\.(\w+): (.+)$", last, re.MULTILINE)
+    if not found:
+        return None
+    name, message = found[-1]
+    return getattr(sys.modules[__name__], name)(message)

@@ -98,7 +98,7 @@ def _report(
 
 
 class Evaluator:
-    """Lives in one Ray actor: reads, decodes and predicts one unit after another, and returns its counts."""
+    """Lives in one Ray worker: reads, decodes and predicts one unit after another, and returns its counts."""
 
     def __init__(self, bundle: str, data: str, device: str) -> None:
         """Load the bundle, whose self-test runs here."""

@@ -145,7 +145,7 @@ class _LabelRun:
             raise DataError(f"{self._collection.store.url}: no images to label; left out: {dict(skipped) or 'none'}")
         grouped = units(_chain(first, listed))
         plan = self._ledger.plan(len(plans), grouped, self._selection, self._fingerprint, skipped)
-        self._store.put("config.yaml", to_yaml(self._config).encode())
+        self._store.create("config.yaml", to_yaml(self._config).encode())
         return [plan]
 
     def _counting(self, slices: Iterator[Slice]) -> Iterator[Slice]:
@@ -221,7 +221,7 @@ def fingerprint_of(bundle: bundles.Bundle, top_k: int) -> dict[str, Any]:
 
 
 class Labeler:
-    """Lives in one Ray actor: reads, decodes, predicts and commits one unit after another."""
+    """Lives in one Ray worker: reads, decodes, predicts and commits one unit after another."""
 
     def __init__(self, config: dict[str, Any], parts: str, fingerprint: dict[str, Any], device: str) -> None:
         """Load the bundle, whose self-test runs here, and check that this node makes the same rows."""

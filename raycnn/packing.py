@@ -254,32 +254,29 @@ def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[
     }
     done = plan.rows - sum(r.rows for r in pending)
     bad: Counter[str] = Counter()
-    for result in data.map_units(pack_unit, items, workers, arguments):
+    for result in data.map_units(Packer, items, workers, arguments):
         done += result["rows"]
         bad.update(result["bad"])
         text = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))
         say({"kind": "progress", "done": done, "total": plan.rows, "text": text})
 
 
-def pack_unit(
-    item: dict[str, Any], config: dict[str, Any], totals: dict[str, int], class_names: list[str]
-) -> dict[str, Any]:
-    """Write and commit the shards of one task; runs in a Ray task."""
-    task = _Task(make(PackConfig, config), UnitRef(**item["ref"]), totals, class_names)
-    return task.run([Output(*o) for o in item["outputs"]])
+class Packer:
+    """Lives in one Ray worker: writes and commits the shards of one task after another."""
 
-
-class _Task:
-    def __init__(self, config: PackConfig, ref: UnitRef, totals: dict[str, int], class_names: list[str]) -> None:
-        self._config, self._ref, self._totals, self._class_names = config, ref, totals, class_names
-        self._store = open_store(config.dst)
+    def __init__(self, config: dict[str, Any], totals: dict[str, int], class_names: list[str]) -> None:
+        """Open the source and the output."""
+        self._config, self._totals, self._class_names = make(PackConfig, config), totals, class_names
+        self._store = open_store(self._config.dst)
         self._ledger = Ledger(self._store.child(WORK), "parts", ".json")
-        self._collection = open_collection(config.src)
+        self._collection = open_collection(self._config.src)
         self._labels = {i: class_names.index(n) for i, n in enumerate(self._collection.class_names)}
-        self._seen = _Seen()
 
-    def run(self, outputs: list[Output]) -> dict[str, Any]:
-        slices = self._ledger.slices(self._ref)
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Write and commit one task's shards."""
+        ref, outputs = UnitRef(**item["ref"]), [Output(*o) for o in item["outputs"]]
+        self._seen = _Seen()
+        slices = self._ledger.slices(ref)
         samples = self._collection.read(slices)
         with tempfile.TemporaryDirectory(prefix="raycnn-pack-") as scratch:
             if self._collection.random_access:
@@ -287,13 +284,10 @@ class _Task:
             else:
                 parts = self._spill(samples, self._collection.split_of(slices[0]), outputs, Path(scratch))
             shards = [self._shard(Path(scratch), split, index, rows) for split, index, rows in parts]
-        self._ledger.store.put(f"hashes/{self._ref.name}.parquet", self._seen.hashes())
+        self._ledger.store.put(f"hashes/{ref.name}.parquet", self._seen.hashes())
         record = {"shards": shards, "images": self._seen.images(), "bad": self._seen.bad}
-        self._ledger.commit(self._ref, json.dumps(record).encode())
-        return {
-            "rows": sum(s["rows"] for s in shards),
-            "bad": Counter(status for _, status, _ in self._seen.bad),
-        }
+        self._ledger.commit(ref, json.dumps(record).encode())
+        return {"rows": sum(s["rows"] for s in shards), "bad": Counter(status for _, status, _ in self._seen.bad)}
 
     def _shard(self, scratch: Path, split: str, index: int, samples: Iterable[Sample]) -> dict[str, Any]:
         name = f"data/{split}-{index:05d}-of-{self._totals[split]:05d}.parquet"

@@ -9,6 +9,7 @@ nothing to do when it is finished.
     bundle/                         the best epoch's model
 """
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -32,7 +33,7 @@ from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, PackConfig, Tr
 from raycnn.errors import Bad, ConfigError, DataError
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
-from raycnn.shards import PackedCollection, Slice, key_hash, open_collection
+from raycnn.shards import Collection, PackedCollection, Slice, key_hash, open_collection
 from raycnn.shards.order import epoch_pieces, lanes_for, row_order, step_counts, steps_per_epoch
 from raycnn.storage import Store, contains, open_store
 
@@ -417,7 +418,8 @@ class _Run:
             yield from data.stream(_decode_piece, chunk, self._plan, arguments)
 
     def _decode_arguments(self) -> dict[str, Any]:
-        return {"url": self._packed.store.url, "spec": self._spec.model_dump(mode="json")}
+        spec = self._spec.model_dump(mode="json")
+        return {"url": self._packed.store.url, "digest": self._packed.digest, "spec": spec}
 
     def _val_batches(self) -> Iterator[loop.Batch]:
         """This rank's share of the validation split: whole ranges of rows, each row on exactly one rank."""
@@ -483,11 +485,22 @@ def _ranges(groups: Sequence[Slice], low: int, high: int) -> list[dict[str, Any]
     return items
 
 
+@functools.lru_cache(maxsize=1)
+def _open_once(url: str, digest: str) -> Collection:
+    """The packed data set, opened once in each process that decodes; `digest` tells data sets at one URL apart."""
+    return open_collection(url)
+
+
 def _decode_piece(
-    item: dict[str, Any], url: str, spec: dict[str, Any], seed: int | None = None, crop_scale: float = 1.0
+    item: dict[str, Any],
+    url: str,
+    digest: str,
+    spec: dict[str, Any],
+    seed: int | None = None,
+    crop_scale: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Read and decode one piece: a random box for each image from (seed, epoch, key), or the centre without a seed."""
-    packed, shape = open_collection(url), ImageSpec(**spec)
+    packed, shape = _open_once(url, digest), ImageSpec(**spec)
     group = Slice(*item["slice"])
     samples = list(packed.read([group]))
     order = np.arange(group.rows) if seed is None else row_order(group.rows, seed, item["epoch"], item["group"])

@@ -127,7 +127,12 @@ def test_importing_everything_changes_nothing(tmp_path):
         "print(all(callable(getattr(raycnn, v)) for v in raycnn.__all__ if v != '__version__'))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        check=True,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.stdout.splitlines() == ["[]", "True", "True"]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,6 +236,18 @@ def test_without_json_a_person_reads_short_lines_and_a_table(reporting: None, ty
     assert out[-23:-20] == ["per_class:", "  label  recall", "  0      0"]
     assert out[-1] == "  and 10 more, shown by --json"
     assert max(map(len, out)) < 80
+
+
+def working(_: VerbConfig, progress: Callable[[dict[str, Any]], None]) -> None:
+    """A verb that tells how far it is."""
+    progress({"kind": "progress", "done": 5, "total": 5, "text": "of them"})
+
+
+def test_progress_goes_to_standard_error(typed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(VERBS, "verify", Verb(VERBS["verify"].schema, __name__, "working"))
+    outcome = typed("verify", "out", "--json")
+    assert (outcome.code, outcome.out) == (0, ["{}"])
+    assert "5/5 images" in outcome.err[-1]
 
 
 @dataclasses.dataclass

@@ -8,6 +8,15 @@ from raycnn.errors import DataError
 from raycnn.metrics import TEMPERATURES, Metrics, top_classes
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors lose more to waiting for a second thread than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def draw(rows=2000, classes=6, sharpness=1.0, seed=0):
     """Calibrated logits with labels drawn from them, then multiplied by `sharpness`."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +125,7 @@ def test_coverage_says_what_a_threshold_keeps_and_how_right_that_is():
     confidence, best = (logits.double() / 2).softmax(dim=1).max(dim=1)
     table = {line.threshold: line for line in counted(logits, labels).calibration(2.0).coverage}
     assert table[0].coverage == 1
-    for threshold in (0.5, 0.8, 0.94):
+    for threshold in (0.5, 0.6, 0.7):
         kept = confidence >= threshold
         assert table[threshold].coverage == pytest.approx(kept.double().mean().item())
         assert table[threshold].accuracy == pytest.approx((best == labels)[kept].double().mean().item())

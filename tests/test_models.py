@@ -35,6 +35,15 @@ SMALLEST = {
 """One of each family, with a size in px that it takes."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors lose more to waiting for a second thread than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def spec(height=28, width=28, channels=1) -> ImageSpec:
     return ImageSpec(height=height, width=width, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels)
 
@@ -53,7 +62,15 @@ def test_classic_is_the_chain_of_three_convolutions_two_poolings_and_one_fully_c
 
 @pytest.mark.parametrize(
     ("height", "width", "channels", "classes"),
-    [(1, 1, 1, 2), (8, 8, 1, 10), (28, 28, 1, 10), (31, 47, 3, 5), (64, 64, 3, 7), (100, 20, 3, 2), (224, 224, 3, 1000)],
+    [
+        (1, 1, 1, 2),
+        (8, 8, 1, 10),
+        (28, 28, 1, 10),
+        (31, 47, 3, 5),
+        (64, 64, 3, 7),
+        (100, 20, 3, 2),
+        (224, 224, 3, 1000),
+    ],
 )
 def test_classic_takes_any_size_and_stays_small(height, width, channels, classes):
     shape = spec(height, width, channels)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from raycnn.errors import ConfigError, DataError
 from raycnn.packing import split_for, split_shares
 from raycnn.shards import PackedCollection, open_collection
 from raycnn.storage import open_store
+
+RAYCNN = str(Path(sys.executable).with_name("raycnn"))
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -67,7 +70,11 @@ def test_every_image_of_an_s3_prefix_is_packed_once_with_its_label_and_status(s3
         assert names[row["label"]] == row["key"].split("/")[0]
         assert (row["image"]["bytes"] or b"") == files[row["key"]]
     unreadable = open_store(f"{s3_url}/packed").get("unreadable.jsonl").decode().splitlines()
-    assert {json.loads(line)["key"] for line in unreadable} == {"class0/empty.png", "class1/page.jpg", "class2/half.png"}
+    assert {json.loads(line)["key"] for line in unreadable} == {
+        "class0/empty.png",
+        "class1/page.jpg",
+        "class2/half.png",
+    }
 
 
 def test_packing_again_writes_nothing(tmp_path):
@@ -112,19 +119,21 @@ def test_class_sorted_parquet_is_mixed_through_a_window(tmp_path):
     rows = rows_of(str(tmp_path / "mixed"))
     assert sorted(r["key"] for r in rows) == sorted(table["key"].to_pylist())
     assert set(report.splits) == {"train", "val", "test"}
-    train = [r["label"] for r in rows if split_for(r["key"], None, (), make(PackConfig, {"src": "", "dst": ""})) == "train"]
+    train = [
+        r["label"] for r in rows if split_for(r["key"], None, (), make(PackConfig, {"src": "", "dst": ""})) == "train"
+    ]
     assert 0.35 < np.mean(train[:100]) < 0.65
 
 
 @pytest.mark.timeout(180)
 def test_a_pack_that_was_killed_resumes_and_keeps_what_was_done(tmp_path):
     source = fill(str(tmp_path / "raw"), {f"c{i % 2}/{i}.png": os.urandom(700_000) for i in range(16)})
-    command = [sys.executable, "-m", "raycnn.cli", "pack", source, str(tmp_path / "packed"), "--shard-mib", "1"]
+    command = [RAYCNN, "pack", source, str(tmp_path / "packed"), "--shard-mib", "1"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     parts = tmp_path / "packed" / "_pack" / "parts"
     while process.poll() is None and not (parts.exists() and len(list(parts.glob("*.json"))) >= 2):
-        pass
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = {f: f.stat().st_mtime_ns for f in parts.glob("*.json")}

@@ -101,10 +101,7 @@ def open_file(encoded: bytes | None, limits: Limits) -> File | Bad:
     name = structure.format_of(encoded)
     if name is None:
         return _not_an_image(encoded)
-    if name == "JPEG":
-        file = _open_jpeg(encoded, limits)
-    else:
-        file = _open_with_pillow(encoded, name, limits)
+    file = _open_jpeg(encoded, limits) if name == "JPEG" else _open_with_pillow(encoded, name, limits)
     if isinstance(file, Bad):
         return file
     return _too_large(file.header.height, file.header.width, limits) or file
@@ -222,11 +219,11 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
         gray = (samples >> max(bits - 8, 0)).astype(np.uint8)
         transparent = image.info.get("transparency")
         return gray if transparent is None else np.where(samples == transparent, np.uint8(255), gray)
-    samples = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    samples = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(-1e38, 1e38)
     low, high = float(samples.min()), float(samples.max())
     top = next((top for top in (1, 255, 65535) if low >= 0 and high <= top), None)
     if top is None:
-        samples, top = samples - low, (high - low) or 1
+        samples, top = samples - low, max(high - low, 1e-30)
     return np.rint(samples * (255 / top)).astype(np.uint8)
 
 

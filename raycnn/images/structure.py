@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
-    (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF87a", "GIF"),
     (b"GIF89a", "GIF"),
-    (b"BM", "BMP"),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"),
@@ -23,13 +21,16 @@ def format_of(encoded: bytes) -> str | None:
         return "JPEG"
     if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
         return "WEBP"
+    if encoded.startswith(b"BM") and not any(encoded[15:18]):  # the length of its header; a text has letters
+        return "BMP"
     return next((name for signature, name in _SIGNATURES if encoded.startswith(signature)), None)
 
 
 def may_become(encoded: bytes) -> bool:
     """Whether these bytes, of no known format, are the first few of one."""
-    webp = len(encoded) < 12 and b"RIFF".startswith(encoded[:4]) and b"WEBP".startswith(encoded[8:])
-    return webp or any(signature.startswith(encoded) for signature, _ in _SIGNATURES)
+    if len(encoded) < 12 and b"RIFF".startswith(encoded[:4]) and b"WEBP".startswith(encoded[8:]):
+        return True
+    return any(start.startswith(encoded) for start in (b"\xff\xd8\xff", b"BM", *dict(_SIGNATURES)))
 
 
 class JpegHeader(NamedTuple):
@@ -47,7 +48,7 @@ def jpeg_header(encoded: bytes) -> JpegHeader | None:
 
     What it takes for plain leaves no two ways to read it, so that no decoder can find another size there.
     """
-    frame, exif, at = None, b"", 2
+    frame, progressive, exif, at = None, False, b"", 2
     try:
         while True:
             marker, length = _SEGMENT.unpack_from(encoded, at)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 CHART_WIDTH, CHART_HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 56, 62, 34, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 68, 34, 40
 MAX_DOTS = 60
 
 

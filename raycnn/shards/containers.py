@@ -41,21 +41,27 @@ class ParquetCollection(Collection):
     layout = "Parquet"
     random_access = False
 
-    def __init__(self, store: Store, reason: str, prefix: str = "", class_names: tuple[str, ...] = ()) -> None:
+    _prefix = ""
+
+    def __init__(self, store: Store, reason: str) -> None:
+        """Look at the files' names and at one footer."""
         super().__init__(store)
-        self.reason, self._prefix = reason, prefix
-        files = [e for e in self.objects(Counter(), prefix=prefix) if e.path.endswith(".parquet")]
+        self.reason = reason
+        files = [e for e in self.objects(Counter()) if e.path.endswith(".parquet")]
         if not files:
             raise DataError(f"{store.url}: no Parquet file with images")
         schema = self._footer(files[0]).schema_arrow
         self._image = _image_column(schema, files[0].path)
         self._label = next((c for c in LABEL_COLUMNS if c in schema.names), None)
-        named_by_file = class_names or (self._label and _hugging_face_names(schema, self._label)) or ()
-        self._by_position = bool(named_by_file)
-        self.class_names = named_by_file or self._find_class_names(files)
+        named = _hugging_face_names(schema, self._label) if self._label else ()
+        self._by_position = bool(named)
+        self._name_classes(named or self._find_class_names(files))
         found = {_split_in_name(entry.path) for entry in files}
         self.splits = tuple(s for s in SPLITS if s in found)
-        self._index = {name: i for i, name in enumerate(self.class_names)}
+
+    def _name_classes(self, names: tuple[str, ...]) -> None:
+        self.class_names = names
+        self._index = {name: i for i, name in enumerate(names)}
 
     def _footer(self, entry: Entry) -> pq.ParquetFile:
         try:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from raycnn.config import MIB
 from raycnn.errors import DataError, Status
-from raycnn.shards.collection import SPLITS, Slice
+from raycnn.shards.collection import SPLITS, Collection, Slice
 from raycnn.shards.containers import ParquetCollection
 from raycnn.storage import Store
 
@@ -109,6 +109,7 @@ class PackedCollection(ParquetCollection):
     """A data set that `raycnn pack` made."""
 
     layout = "packed data set"
+    _prefix = "data/"
 
     def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
         """Take a manifest that `is_manifest` accepted.
@@ -118,8 +119,10 @@ class PackedCollection(ParquetCollection):
         """
         if manifest["version"] > VERSION:
             raise DataError(f"{store.url}: packed by a newer raycnn (format {manifest['version']}); upgrade raycnn")
-        self.manifest = manifest
-        super().__init__(store, "it has a raycnn manifest", "data/", tuple(manifest["class_names"]))
+        Collection.__init__(self, store)
+        self.manifest, self.reason = manifest, "it has a raycnn manifest"
+        self._image, self._label, self._by_position = "image", "label", True
+        self._name_classes(tuple(manifest["class_names"]))
         self.splits = tuple(s for s in SPLITS if self.rows(s))
 
     def rows(self, split: str) -> int:

@@ -48,7 +48,7 @@ def _open_s3(url: str) -> S3Store:
     location, options = _split_options(url)
     bucket, _, prefix = location.removeprefix("s3://").partition("/")
     prefix = prefix.strip("/")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", bucket):
         raise ConfigError(f"{url}: {bucket!r} is no bucket name; the form is s3://bucket/prefix")
     if prefix and any(part in {"", ".", ".."} for part in prefix.split("/")):
         raise ConfigError(f"{url}: the prefix has an empty, '.' or '..' part; write it out")

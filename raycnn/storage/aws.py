@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 3
 """To open a connection."""
-FIRST_SECONDS = 4
+FIRST_SECONDS = 3
 """For the first answer of an endpoint, twice; only one that has answered once is waited for patiently."""
 STALL_SECONDS = 60
 """Without a byte, within one request."""
@@ -166,7 +166,8 @@ class Account:
                 answer = self._send(method, bucket, key, query, body)
             except (HTTPClientError, ConnectionError) as error:
                 if (delay := next(delays, None)) is None:
-                    raise self._unreachable(_one_line(error)) from None
+                    cause = _one_line(error.kwargs.get("error") or error)
+                    raise self._unreachable(cause.rpartition("] ")[2].rpartition(": ")[2]) from None
             except BotoCoreError as error:
                 raise StorageError(f"AWS credentials: {_one_line(error)}; log in again") from None
             else:
@@ -185,12 +186,12 @@ class Account:
         patience = STALL_SECONDS if self._reached else FIRST_SECONDS
         if patience not in self._sessions:
             self._sessions[patience] = URLLib3Session(
-                verify=self.authorities or True,
+                verify=self.authorities or True,  # pyright: ignore[reportArgumentType]
                 proxies=get_environ_proxies(self.endpoint),
                 timeout=(CONNECT_SECONDS, patience),  # pyright: ignore[reportArgumentType]
                 max_pool_connections=32,
             )
-        url = f"{self.endpoint}/{bucket}/{quote(key, safe='/-_.~')}".rstrip("/")
+        url = f"{self.endpoint}/{bucket}" + ("/" + quote(key, safe="/-_.~") if key else "")
         if query:
             url += "?" + urlencode(query, quote_via=quote, safe="-_.~")
         request = AWSRequest(method, url, data=body)
@@ -210,8 +211,16 @@ class Account:
             return self._unreachable(failure.reason or failure.kind.lower())
         return self.refusal(failure.status or 0, failure.code, address, failure.text)
 
-    def refusal(self, status: int, code: str, address: str, text: str = "") -> StorageError:
-        """What an HTTP status and the error code in its body mean, and what to do."""
+    def refusal(self, status: int, code: str, address: str, text: str = "", region: str = "") -> StorageError:
+        """What an HTTP status and the error code in its body mean, and what to do.
+
+        Args:
+            status: 0 where there is none.
+            code: such as NoSuchBucket, or ''.
+            address: the object or prefix that was asked for.
+            text: what else was said.
+            region: where the bucket is, if the answer says so.
+        """
         bucket = "/".join(address.split("/")[:3])
         said = f"HTTP {status} {code}".strip() if status else text
         if code == "NoSuchBucket":
@@ -235,9 +244,8 @@ class Account:
                 "AWS_PROFILE, and what they may do; for a public bucket append ?anonymous to its URL"
             )
         if code in {"AuthorizationHeaderMalformed", "PermanentRedirect"} or 300 <= status < 400 or "region" in text:
-            return StorageError(
-                f"{address}: the bucket is not in the region {self.region} ({said}); set AWS_REGION to its region"
-            )
+            where = region or "its region"
+            return StorageError(f"{address}: {bucket} is not in {self.region} ({said}); set AWS_REGION to {where}")
         if status >= 500 or status == 429:
             return StorageError(f"{address}: the store keeps failing ({said}); run the same command again later")
         return StorageError(f"{address}: the store refuses ({said}); check the URL and AWS_ENDPOINT_URL")
@@ -267,6 +275,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
+        """What an exception of obstore's says."""
         text = str(error)
         status = re.search(r"\bstatus: (\d{3})\b", text) or re.search(r"status code: (\d{3})\b", text)
         code = re.search(r"<Code>(\w+)</Code>", text)

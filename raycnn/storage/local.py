@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from typing_extensions import override
+
 from raycnn.errors import ObjectChanged, ObjectMissing, StorageError
 from raycnn.storage.base import Entry, Store
 
@@ -33,15 +35,19 @@ class LocalStore(Store):
         return LocalStore, (self.url,)
 
     @property
+    @override
     def is_local(self) -> bool:
         return True
 
+    @override
     def address(self, path: str = "") -> str:
         return os.path.join(self.url, path) if path else self.url
 
+    @override
     def child(self, path: str) -> "LocalStore":
         return LocalStore(self._file(path))
 
+    @override
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder, slash, start = prefix.rpartition("/")
         return self._walk(folder + slash, start, frozenset())
@@ -95,6 +101,7 @@ class LocalStore(Store):
             return Entry(path, 0, "missing") if os.path.islink(self._file(path)) else None
         return Entry(path, found.st_size, _etag(found)) if stat.S_ISREG(found.st_mode) else None
 
+    @override
     def children(self, folder: str = "") -> tuple[builtins.list[str], builtins.list[str]]:
         folder = folder.rstrip("/") + "/" if folder else ""
         with _explained(self.address(folder)):
@@ -106,6 +113,7 @@ class LocalStore(Store):
         folders = sorted(name[:-1] for name in names if name.endswith("/"))
         return folders, [name for name in names if not name.endswith("/")]
 
+    @override
     def head(self, path: str) -> Entry | None:
         with _explained(self.address(path)):
             try:
@@ -114,6 +122,7 @@ class LocalStore(Store):
                 return None
         return Entry(path, found.st_size, _etag(found)) if stat.S_ISREG(found.st_mode) else None
 
+    @override
     def get(self, path: str, *, if_match: str | None = None) -> bytes:
         with self.open(path, if_match=if_match) as file, _explained(self.address(path)):
             data = file.read()
@@ -121,6 +130,7 @@ class LocalStore(Store):
             self._check(path, os.fstat(file.fileno()), if_match)
             return data
 
+    @override
     def get_ranges(
         self, path: str, ranges: Sequence[tuple[int, int]], *, if_match: str | None = None
     ) -> builtins.list[bytes]:
@@ -132,9 +142,10 @@ class LocalStore(Store):
                 raise StorageError(f"{self.address(path)}: ends before byte {start + length:,}; is it whole?")
         return found
 
+    @override
     def open(self, path: str, *, if_match: str | None = None) -> BinaryIO:
         with _explained(self.address(path)):
-            file = open(self._file(path), "rb", opener=_without_waiting)
+            file = open(self._file(path), "rb", opener=_without_waiting)  # noqa: SIM115
             try:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
@@ -145,6 +156,7 @@ class LocalStore(Store):
                 raise
             return file
 
+    @override
     def stream(self, path: str, *, if_match: str | None = None) -> BinaryIO:
         return self.open(path, if_match=if_match)
 
@@ -152,11 +164,13 @@ class LocalStore(Store):
         if if_match is not None and _etag(found) != if_match:
             raise ObjectChanged(f"{self.address(path)}: was changed or replaced since it was listed")
 
+    @override
     def put(self, path: str, data: bytes) -> Entry:
         with _explained(self.address(path), len(data)), self._temporary(path) as temporary:
             _write(temporary, data)
             return self._publish(temporary, path)
 
+    @override
     def put_file(self, path: str, file: Path) -> Entry:
         size = file.stat().st_size
         with _explained(self.address(path), size), self._temporary(path) as temporary:
@@ -164,6 +178,7 @@ class LocalStore(Store):
             _sync(temporary)
             return self._publish(temporary, path)
 
+    @override
     def create(self, path: str, data: bytes) -> bool:
         target = self._file(path)
         with _explained(self.address(path), len(data)):

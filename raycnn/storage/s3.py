@@ -8,7 +8,7 @@ import io
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Buffer, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +19,7 @@ from xml.etree.ElementTree import ParseError
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
+from typing_extensions import Buffer, override
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -60,15 +61,19 @@ class S3Store(Store):
         return S3Store, (self._bucket, self._prefix, self._anonymous, self._requester_pays)
 
     @property
+    @override
     def is_local(self) -> bool:
         return False
 
+    @override
     def address(self, path: str = "") -> str:
         return f"{self._address}/{path}" if path else self._address
 
+    @override
     def child(self, path: str) -> "S3Store":
         return S3Store(self._bucket, self._key(path.rstrip("/")), self._anonymous, self._requester_pays)
 
+    @override
     def list(self, prefix: str = "") -> Iterator[Entry]:
         return list_ordered(self._page, prefix)
 
@@ -84,14 +89,14 @@ class S3Store(Store):
         answer = self._account.request("GET", self._bucket, query=sorted(fields))
         if answer.status != 200:
             code = re.search(rb"<Code>(\w+)</Code>", answer.body)
-            region = answer.headers.get("x-amz-bucket-region")
-            said = (code[1].decode() if code else "") + (f", the bucket is in {region}" if region else "")
-            raise self._account.refusal(answer.status, said, address)
+            region = answer.headers.get("x-amz-bucket-region", "")
+            raise self._account.refusal(answer.status, code[1].decode() if code else "", address, region=region)
         try:
             return parse_page(answer.body, self._root)
         except (ParseError, ValueError) as error:
             raise StorageError(f"{address}: the answer is no S3 listing ({error}); check AWS_ENDPOINT_URL") from None
 
+    @override
     def children(self, folder: str = "") -> tuple[builtins.list[str], builtins.list[str]]:
         prefix = folder.rstrip("/") + "/" if folder else ""
         folders: list[str] = []
@@ -105,6 +110,7 @@ class S3Store(Store):
                 return sorted(folders), sorted(files)
             query = query._replace(token=page.token)
 
+    @override
     def head(self, path: str) -> Entry | None:
         try:
             return self._head(path, None)
@@ -113,21 +119,27 @@ class S3Store(Store):
 
     def _head(self, path: str, if_match: str | None) -> Entry:
         with self._explained(path):
-            found = obstore.get(self._client, self._key(path), options={"head": True, "if_match": if_match}).meta
+            found = self._fetch(path, if_match, head=True).meta
             return Entry(path, found["size"], found["e_tag"] or "")
 
+    def _fetch(self, path: str, if_match: str | None, **options: Any) -> "obstore.GetResult":
+        if if_match is not None:
+            options["if_match"] = if_match
+        return obstore.get(self._client, self._key(path), options=cast("obstore.GetOptions", options))
+
+    @override
     def get(self, path: str, *, if_match: str | None = None) -> bytes:
         with self._explained(path):
-            return bytes(obstore.get(self._client, self._key(path), options={"if_match": if_match}).bytes())
+            return bytes(self._fetch(path, if_match).bytes())
 
     def _get_range(self, path: str, if_match: str | None, start: int, length: int) -> memoryview:
         with self._explained(path):
-            options: Any = {"range": (start, start + length), "if_match": if_match}
-            data = memoryview(obstore.get(self._client, self._key(path), options=options).bytes())
+            data = memoryview(self._fetch(path, if_match, range=(start, start + length)).bytes())
         if len(data) != length:
             raise StorageError(f"{self.address(path)}: ends before byte {start + length:,}; is it whole?")
         return data
 
+    @override
     def get_ranges(
         self, path: str, ranges: Sequence[tuple[int, int]], *, if_match: str | None = None
     ) -> builtins.list[bytes]:
@@ -146,9 +158,11 @@ class S3Store(Store):
             pieces.append(bytes(found[nth][begin : begin + length]) if length else b"")
         return pieces
 
+    @override
     def open(self, path: str, *, if_match: str | None = None) -> BinaryIO:
         return self._file(path, if_match, NEAR)
 
+    @override
     def stream(self, path: str, *, if_match: str | None = None) -> BinaryIO:
         return self._file(path, if_match, LARGEST_READ)
 
@@ -157,6 +171,7 @@ class S3Store(Store):
         fetch = partial(self._get_range, path, if_match or entry.etag)
         return cast(BinaryIO, io.BufferedReader(_ObjectFile(fetch, entry.size, first_read), 64 * 1024))
 
+    @override
     def put(self, path: str, data: bytes) -> Entry:
         with self._explained(path):
             done = obstore.put(
@@ -169,6 +184,7 @@ class S3Store(Store):
             )
         return Entry(path, len(data), done["e_tag"] or "")
 
+    @override
     def put_file(self, path: str, file: Path) -> Entry:
         size = file.stat().st_size
         with self._explained(path):
@@ -182,6 +198,7 @@ class S3Store(Store):
             )
         return Entry(path, size, done["e_tag"] or "")
 
+    @override
     def create(self, path: str, data: bytes) -> bool:
         key, pause = self._key(path), islice(pauses(), AMBIGUOUS)
         while True:

@@ -1,0 +1,177 @@
+"""The exactly-once protocol, without Ray: plans agree, parts are created once, and verify finds every damage."""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import raycnn
+from raycnn.errors import ConfigError, DataError, StorageError
+from raycnn.ledger import Growth, Ledger, Plan, UnitRef, label_ledger, new_slices
+from raycnn.shards import Slice
+from raycnn.storage import open_store
+
+FINGERPRINT = {"weights": "abc", "top_k": 5}
+
+
+def slices(names: Iterator[str] | list[str]) -> list[Slice]:
+    return [Slice(n, n, 10, f"etag-{n}", 0, 1, 0, 10, -1) for n in names]
+
+
+def units_of(count: int, size: int = 3) -> list[list[Slice]]:
+    keys = [f"{i:04d}.png" for i in range(count * size)]
+    return [slices(keys[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def make_plan(ledger: Ledger, units: list[list[Slice]], generation: int = 0) -> Plan:
+    selection = {"data": "/data", "split": "all", "exclude": []}
+    return ledger.plan(generation, units, selection, FINGERPRINT, Counter(hidden=2))
+
+
+def part(ledger: Ledger, ref: UnitRef, keys: list[str] | None = None) -> bytes:
+    keys = [s.key for s in ledger.slices(ref)] if keys is None else keys
+    table = pa.table({"key": keys, "status": ["ok"] * len(keys)})
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"unit": str(ref.unit), "plan": ref.plan}), sink)
+    return sink.getvalue()
+
+
+def finish(ledger: Ledger, plan: Plan) -> None:
+    parts = []
+    for ref in plan.refs:
+        data = ledger.store.get(ledger.path(ref))
+        digest = hashlib.sha256(data).hexdigest()
+        parts.append({"path": ledger.path(ref), "bytes": len(data), "sha256": digest, "rows": ref.rows})
+    ledger.finish(plan, {"status": {"ok": plan.rows}, "parts": parts})
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    return label_ledger(open_store(str(tmp_path / "out")), FINGERPRINT)
+
+
+@pytest.fixture
+def done(ledger) -> tuple[Ledger, Plan]:
+    """A finished output of 20 units with 3 rows each, on two pages."""
+    plan = make_plan(ledger, units_of(20))
+    for ref in plan.refs:
+        assert ledger.commit(ref, part(ledger, ref))
+    finish(ledger, plan)
+    return ledger, plan
+
+
+def test_a_plan_comes_back_as_it_was_made(ledger):
+    units = units_of(40)
+    plan = make_plan(ledger, units)
+    assert plan.rows == 120
+    assert [ledger.slices(ref) for ref in plan.refs] == units
+    assert ledger.plans() == [plan]
+
+
+def test_the_loser_of_a_planning_race_adopts_the_winners_plan(ledger):
+    def attempt(i: int) -> str:
+        other = label_ledger(open_store(ledger.store.url), FINGERPRINT)
+        return make_plan(other, units_of(10 + i)).digest
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(attempt, range(8)))) == 1
+
+
+def test_another_model_or_another_selection_is_refused_by_name(ledger):
+    plan = make_plan(ledger, units_of(2))
+    with pytest.raises(ConfigError, match=r"fingerprint: top_k \(was 5, now 1\); use another output"):
+        ledger.check(plan, plan.content["selection"], FINGERPRINT | {"top_k": 1})
+    with pytest.raises(ConfigError, match="selection: split"):
+        ledger.check(plan, plan.content["selection"] | {"split": "val"}, FINGERPRINT)
+
+
+def test_a_committed_unit_is_not_pending_and_is_not_written_again(ledger):
+    plan = make_plan(ledger, units_of(3))
+    first, *rest = plan.refs
+    assert ledger.commit(first, part(ledger, first))
+    assert not ledger.commit(first, b"a zombie's late part")
+    assert ledger.store.get(ledger.path(first)) == part(ledger, first)
+    assert ledger.pending(plan) == rest
+    with pytest.raises(StorageError, match="2 units are still pending"):
+        ledger.finish(plan, {})
+
+
+def test_a_page_that_was_altered_is_not_trusted(ledger):
+    plan = make_plan(ledger, units_of(2))
+    path = plan.content["pages"][0]["path"]
+    ledger.store.put(path, ledger.store.get(path)[:-1] + b"x")
+    with pytest.raises(DataError, match="was altered"):
+        label_ledger(open_store(ledger.store.url + "/"), FINGERPRINT).slices(plan.refs[0])
+
+
+def test_only_what_is_new_is_planned_again():
+    planned = slices(["a", "b", "c"])
+    listed = [*slices(["a"]), slices(["b"])[0]._replace(etag="other"), *slices(["d"])]
+    growth = Growth()
+    assert [s.key for s in new_slices(listed, planned, growth)] == ["d"]
+    assert (growth.changed, growth.gone) == (1, 1)
+
+
+def test_verify_proves_a_finished_output(done):
+    ledger, _ = done
+    report = raycnn.verify(ledger.store.url)
+    assert (report.expected, report.present) == (60, 60)
+    assert (report.lost, report.duplicate, report.foreign, report.altered) == (0, 0, 0, 0)
+    assert report.status == {"ok": 60}
+    assert report.error is None
+
+
+def test_verify_says_that_a_run_is_not_over(ledger):
+    plan = make_plan(ledger, units_of(4))
+    ledger.commit(plan.refs[0], part(ledger, plan.refs[0]))
+    report = raycnn.verify(ledger.store.url)
+    assert (report.unfinished, report.lost, report.present) == (3, 9, 3)
+    assert "3 units are pending" in str(report.error)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ("deleted", {"lost": 3}),
+        ("truncated", {"lost": 3, "altered": 1}),
+        ("altered", {"altered": 1}),
+        ("doubled", {"foreign": 3}),
+        ("foreign", {"foreign": 1}),
+        ("swapped", {"lost": 3, "foreign": 3, "altered": 1, "duplicate": 3}),
+        ("row dropped", {"lost": 1, "altered": 1}),
+    ],
+)
+def test_verify_finds_every_damage(done, tmp_path, damage, found):
+    ledger, plan = done
+    path, other = (tmp_path / "out" / ledger.path(ref) for ref in plan.refs[3:5])
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "altered":
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("label", pa.array([1, 2, 3])), path)
+    elif damage == "doubled":
+        (path.parent / "part-g0000-000099.parquet").write_bytes(path.read_bytes())
+    elif damage == "foreign":
+        (path.parent / "notes.txt").write_bytes(b"hello")
+    elif damage == "swapped":
+        path.write_bytes(other.read_bytes())
+    elif damage == "row dropped":
+        path.write_bytes(part(ledger, plan.refs[3], [s.key for s in ledger.slices(plan.refs[3])][:2]))
+    report = raycnn.verify(ledger.store.url)
+    clean = dict.fromkeys(("lost", "duplicate", "foreign", "altered"), 0)
+    assert {k: getattr(report, k) for k in clean} == clean | found
+    assert isinstance(report.error, DataError)
+
+
+def test_verify_needs_an_output_of_label(tmp_path):
+    (tmp_path / "x").write_text(json.dumps({}))
+    with pytest.raises(DataError, match="no plan there"):
+        raycnn.verify(str(tmp_path))

@@ -1,0 +1,163 @@
+"""Training on a real cluster: it learns, it resumes, and every worker takes the same steps."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import raycnn
+from raycnn import bundle as bundles
+from raycnn.config import TrainConfig, make
+from raycnn.errors import ConfigError, DataError
+from raycnn.storage import open_store
+from raycnn.training import Checkpoints, train
+
+RAYCNN = str(Path(sys.executable).with_name("raycnn"))
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def png(rng: np.random.Generator, bright: bool) -> bytes:
+    """An image that is lit on its left or on its right half."""
+    image = rng.integers(0, 60, (8, 8), np.uint8)
+    image[:, : 4 if bright else 8][:, -4:] += 150
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, ray_cluster) -> str:
+    """300 images of two classes, 5 of which cannot be read."""
+    root, rng = tmp_path_factory.mktemp("train"), np.random.default_rng(0)
+    store = open_store(str(root / "raw"))
+    for i in range(300):
+        name = "left" if i % 2 else "right"
+        store.put(f"{name}/{i:03d}.png", b"broken" if i % 60 == 1 else png(rng, bool(i % 2)))
+    raycnn.pack(str(root / "raw"), str(root / "packed"), val=0.2, test=0.1)
+    return str(root / "packed")
+
+
+def config_of(packed: str, run: Path | str, **more) -> TrainConfig:
+    return make(TrainConfig, {"data": packed, "run": str(run), "batch_size": 32, "epochs": 3} | more)
+
+
+def train_rows(packed: str) -> int:
+    manifest = json.loads(Path(packed, "manifest.json").read_text())
+    return sum(manifest["splits"]["train"]["status"].values())
+
+
+@pytest.mark.s3
+def test_a_run_on_s3_learns_leaves_a_bundle_and_is_not_done_twice(packed, s3_url):
+    report = train(config_of(packed, f"{s3_url}/run"))
+    assert report.accuracy_top1 > 0.95
+    assert report.epochs == 3
+    assert report.steps == 3 * -(-train_rows(packed) // 32)
+    bundle = bundles.load(report.bundle)
+    assert bundle.class_names == ("left", "right")
+    store = open_store(f"{s3_url}/run")
+    names = [e.path for e in store.list()]
+    assert any(n.startswith("tensorboard/events") for n in names)
+    assert {"config.yaml", "metrics.jsonl", "bundle/validation.json"} <= set(names)
+    lines = [json.loads(line) for line in store.get("metrics.jsonl").decode().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    skipped = json.loads(Path(packed, "manifest.json").read_text())["splits"]["train"]["status"]
+    assert sum(lines[0]["skipped"].values()) == sum(n for word, n in skipped.items() if word != "ok")
+    before = {e.path: e.etag for e in store.list()}
+    assert train(config_of(packed, f"{s3_url}/run")).resumed_at_epoch == 3
+    assert {e.path: e.etag for e in store.list()} == before
+    with pytest.raises(ConfigError, match=r"other settings: learning_rate \(was 0\.002, now 0\.1\)"):
+        train(config_of(packed, f"{s3_url}/run", learning_rate=0.1))
+
+
+@pytest.mark.timeout(180)
+def test_two_workers_survive_the_death_of_one(packed, tmp_path):
+    killed = threading.Event()
+
+    def kill_a_worker(event: dict) -> None:
+        if event["kind"] == "epoch" and event["epoch"] == 1 and not killed.is_set():
+            workers = [p for p in psutil.process_iter() if is_train_worker(p)]
+            assert len(workers) == 2
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.set()
+
+    report = train(config_of(packed, tmp_path / "run", num_workers=2, epochs=12), kill_a_worker)
+    assert killed.is_set()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(12))
+    steps = -(-train_rows(packed) // 32)
+    assert [line["step"] for line in lines] == [steps * (e + 1) for e in range(12)]
+    assert report.accuracy_top1 > 0.95
+
+
+def is_train_worker(process: psutil.Process) -> bool:
+    """A training worker of this test run's own cluster; others on the machine are left alone."""
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline()) and psutil.Process() in process.parents()
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.timeout(180)
+def test_a_driver_that_was_killed_is_resumed_by_the_same_command(packed, tmp_path):
+    run = tmp_path / "run"
+    command = [RAYCNN, "train", packed, str(run), "--epochs", "40", "--batch-size", "32"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and Checkpoints(open_store(str(run))).last() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = Checkpoints(open_store(str(run))).last()
+    assert done is not None
+    report = train(config_of(packed, run, epochs=done["epoch"] + 3))
+    assert 0 < report.resumed_at_epoch
+    assert report.epochs == done["epoch"] + 3
+    assert report.accuracy_top1 > 0.95
+
+
+def test_a_torn_checkpoint_is_not_used(tmp_path):
+    checkpoints = Checkpoints(open_store(str(tmp_path)))
+    for epoch, accuracy in enumerate((0.9, 0.7, 0.8, 0.6)):
+        checkpoints.save({"x": torch.full((3,), float(epoch))}, epoch, accuracy)
+    last, best = checkpoints.last(), checkpoints.best()
+    assert last is not None
+    assert best is not None
+    assert (last["epoch"], best["epoch"]) == (3, 0)
+    slot = tmp_path / "checkpoints" / f"slot-{last['slot']}.safetensors"
+    slot.write_bytes(slot.read_bytes()[:-1])
+    before = checkpoints.last()
+    assert before is not None
+    assert before["epoch"] == 2
+    assert checkpoints.load(before)["x"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_data_with_one_class_is_refused(tmp_path):
+    store, rng = open_store(str(tmp_path / "raw")), np.random.default_rng(0)
+    for i in range(10):
+        store.put(f"only/{i}.png", png(rng, True))
+    raycnn.pack(str(tmp_path / "raw"), str(tmp_path / "packed"))
+    with pytest.raises(DataError, match="training needs two or more"):
+        train(config_of(str(tmp_path / "packed"), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_without_training_images_is_named(tmp_path):
+    store, rng = open_store(str(tmp_path / "raw")), np.random.default_rng(0)
+    for split, names in (("train", ("a", "b")), ("val", ("a", "b", "c"))):
+        for name in names:
+            store.put(f"{split}/{name}/{split}{name}.png", png(rng, True))
+    raycnn.pack(str(tmp_path / "raw"), str(tmp_path / "packed"))
+    with pytest.raises(DataError, match="no train image of 'c'; add some"):
+        train(config_of(str(tmp_path / "packed"), tmp_path / "run"))
