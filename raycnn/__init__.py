@@ -24,7 +24,10 @@ _VERBS = {
 }
 """Python name -> verb; where the verb is a keyword or the name of a module it has another name here."""
 
-__all__ = ["__version__", *_VERBS]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "__version__",
+    *_VERBS,
+]
 
 
 def __getattr__(name: str) -> Any:

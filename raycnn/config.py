@@ -29,13 +29,13 @@ class _Frozen(BaseModel):
 class ImageSpec(_Frozen):
     """What a model's input looks like. It belongs to the bundle: labeling and serving cannot override it."""
 
-    height: int = Field(224, ge=1, le=4096)
+    height: int = Field(default=224, ge=1, le=4096)
     """Height of the pixels in px."""
-    width: int = Field(224, ge=1, le=4096)
+    width: int = Field(default=224, ge=1, le=4096)
     """Width of the pixels in px."""
     channels: Literal[1, 3] = 3
     """1 for grayscale, 3 for RGB."""
-    crop: float = Field(0.875, gt=0, le=1)
+    crop: float = Field(default=0.875, gt=0, le=1)
     """Share of the largest centred box of the model's aspect ratio that is kept (torchvision: 224/256)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean per channel of pixels in [0, 1]; subtracted inside the model."""
@@ -52,9 +52,9 @@ class ImageSpec(_Frozen):
 class Limits(_Frozen):
     """Caps that are checked before memory is taken for an image."""
 
-    max_bytes: int = Field(64 * MIB, ge=1)
+    max_bytes: int = Field(default=64 * MIB, ge=1)
     """Largest encoded image in bytes."""
-    max_pixels: int = Field(100_000_000, ge=1)
+    max_pixels: int = Field(default=100_000_000, ge=1)
     """Largest width x height in px, read from the header."""
 
 
@@ -77,13 +77,13 @@ class PackConfig(VerbConfig):
     Parquet lists, Hugging Face Parquet, WebDataset tars, IDX files, or a flat prefix)."""
     dst: str
     """Where the packed data set goes: a folder or s3:// prefix."""
-    val: float = Field(0.1, ge=0, lt=1)
+    val: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes the validation split, where the source does not name one."""
-    test: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes the test split, where the source does not name one."""
     exclude: tuple[str, ...] = ()
     """Glob patterns of keys to leave out."""
-    shard_mib: int = Field(128, ge=1, le=256)
+    shard_mib: int = Field(default=128, ge=1, le=256)
     """Aimed size of a shard in MiB."""
     seed: int = 0
     """Decides the order in which images are mixed."""
@@ -111,31 +111,31 @@ class TrainConfig(VerbConfig):
     """Start from these weights: a .safetensors file, a state dict, or a torchvision weights name (DEFAULT)."""
     image_size: int | Literal["auto"] = "auto"
     """Side of the model's input in px; auto: the images' own size if all are equal and at most 64, else 224."""
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(default=10, ge=1)
     """Passes over the training split."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, over all workers together."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Peak of the schedule, which warms up linearly and then falls to zero as a cosine."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay; not applied to biases and normalisation."""
-    warmup: float = Field(0.1, ge=0, lt=1)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of all steps in which the learning rate rises."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes."""
-    crop_scale: float = Field(0.8, gt=0, le=1)
+    crop_scale: float = Field(default=0.8, gt=0, le=1)
     """Smallest share of an image that a random training box covers; 1 trains on the same box as evaluation."""
     seed: int = 0
     """Decides initial weights, order and augmentation."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """Training workers; one per GPU in production."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has a GPU for every worker."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(default=3, ge=0)
     """How often a dead worker is replaced before the run gives up."""
-    max_bad: float = Field(0.05, ge=0, le=1)
+    max_bad: float = Field(default=0.05, ge=0, le=1)
     """Share of unreadable training images above which the run stops."""
 
 
@@ -171,7 +171,7 @@ class LabelConfig(VerbConfig):
     """train, val, test or all."""
     exclude: tuple[str, ...] = ()
     """Glob patterns of keys to leave out."""
-    top_k: int = Field(5, ge=1, le=100)
+    top_k: int = Field(default=5, ge=1, le=100)
     """How many classes a row lists, best first."""
     single_driver: bool = False
     """Accept a store without conditional PUT: you promise that no other run writes to this output."""
@@ -200,13 +200,13 @@ class ServeConfig(VerbConfig):
     """The bundle to serve; [NAME=]BUNDLE, and again for more of them."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the endpoint to the network, which has no authentication."""
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     """Copies of each model."""
-    max_queued: int = Field(256, ge=1)
+    max_queued: int = Field(default=256, ge=1)
     """Requests waiting for a model before further ones are answered 503."""
-    max_bytes: int = Field(16 * MIB, ge=1)
+    max_bytes: int = Field(default=16 * MIB, ge=1)
     """Largest request body in bytes; more is answered 413."""
 
     @field_validator("bundle", mode="before")
@@ -230,7 +230,7 @@ class ImportConfig(VerbConfig):
     """A .safetensors file, a state dict, or a torchvision weights name such as DEFAULT."""
     classes: str = "imagenet"
     """A text file with one class name a line, in the order of the model's outputs; or `imagenet`."""
-    image_size: int = Field(224, ge=1, le=4096)
+    image_size: int = Field(default=224, ge=1, le=4096)
     """Side of the model's input in px."""
 
 
@@ -326,7 +326,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "demo": Verb(DemoConfig, "raycnn.demo", "demo"),
     "pack": Verb(PackConfig, "raycnn.packing", "pack"),
-    "train": Verb(TrainConfig, "raycnn.training", "train"),
+    "train": Verb(TrainConfig, "raycnn.reporting", "train"),
     "evaluate": Verb(EvaluateConfig, "raycnn.evaluating", "evaluate"),
     "label": Verb(LabelConfig, "raycnn.labeling", "label"),
     "verify": Verb(VerifyConfig, "raycnn.ledger", "verify"),

@@ -1,7 +1,6 @@
 """`raycnn evaluate`: how a bundle does on labelled images, every row exactly once on any number of workers."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +34,7 @@ class EvaluateReport:
     unlabelled: int
 
 
-Progress = Callable[[dict[str, Any]], None]
-
-
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateReport:
+def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> EvaluateReport:
     """Count over one split.
 
     Raises:

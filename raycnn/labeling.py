@@ -9,7 +9,7 @@ import io
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,7 @@ class LabelReport:
     gone: int
 
 
-Progress = Callable[[dict[str, Any]], None]
-
-
-def label(config: LabelConfig, progress: Progress | None = None) -> LabelReport:
+def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelReport:
     """Label a collection, or resume, or label what is new, or find nothing to do.
 
     Raises:
@@ -84,7 +81,7 @@ def label(config: LabelConfig, progress: Progress | None = None) -> LabelReport:
 
 
 class _LabelRun:
-    def __init__(self, config: LabelConfig, bundle: bundles.Bundle, collection: Collection, say: Progress) -> None:
+    def __init__(self, config: LabelConfig, bundle: bundles.Bundle, collection: Collection, say: data.Progress) -> None:
         self._config, self._bundle, self._collection, self._say = config, bundle, collection, say
         self._store = open_store(config.out)
         self._fingerprint = fingerprint_of(bundle, config.top_k)

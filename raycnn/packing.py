@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 import raycnn
 from raycnn import data, images
-from raycnn.config import MIB, PackConfig, make, to_yaml
+from raycnn.config import MIB, Limits, PackConfig, make, to_yaml
 from raycnn.errors import Bad, ConfigError, DataError, Status
 from raycnn.ledger import Ledger, Plan, UnitRef
 from raycnn.shards import (
@@ -66,17 +66,14 @@ class PackReport:
 
 
 class Output(NamedTuple):
-    """Shards of one split that a task writes: indices first .. first + count - 1."""
+    """Shards of one split that a task writes: indices first .. first + shards - 1."""
 
     split: str
     first: int
-    count: int
+    shards: int
 
 
-Progress = Callable[[dict[str, Any]], None]
-
-
-def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
+def pack(config: PackConfig, progress: data.Progress | None = None) -> PackReport:
     """Pack a collection, or resume, or find it packed.
 
     Raises:
@@ -98,7 +95,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     return _report(store, len(pending))
 
 
-def _plan(config: PackConfig, ledger: Ledger, say: Progress) -> Plan:
+def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
     """The plan that exists, or a new one from a listing of the source."""
     selection = {"data": open_store(config.src).url, "exclude": list(config.exclude)}
     settings: dict[str, Any] = config.model_dump(mode="json", include={"val", "test", "seed", "shard_mib"})
@@ -239,13 +236,13 @@ def _by_bytes(slices: Iterable[Slice], limit: int) -> Iterator[list[Slice]]:
         yield task
 
 
-def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[UnitRef], say: Progress) -> None:
+def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[UnitRef], say: data.Progress) -> None:
     data.connect()
     now, limit = data.resources()
     workers = data.plan_units("pack", now, limit, len(pending))
     outputs, totals = plan.content["outputs"], Counter[str]()
     for output in (Output(*o) for unit in outputs for o in unit):
-        totals[output.split] += output.count
+        totals[output.split] += output.shards
     items = [{"ref": r._asdict(), "outputs": outputs[r.unit]} for r in pending]
     arguments = {
         "config": config.model_dump(mode="json"),
@@ -330,12 +327,12 @@ class Packer:
                 split = split_for(sample.key, named, self._collection.splits, self._config)
                 order = key_hash(sample.key, f"order-{self._config.seed}")
                 output = by_split[split]
-                place = (split, output.first + order % output.count)
+                place = (split, output.first + order % output.shards)
                 encoded = sample.encoded or b""
                 index.setdefault(place, []).append((order, spill.tell(), len(encoded), sample._replace(encoded=None)))
                 spill.write(encoded)
             for output in outputs:
-                for shard in range(output.first, output.first + output.count):
+                for shard in range(output.first, output.first + output.shards):
                     yield output.split, shard, _unspill(spill, index.pop((output.split, shard), []))
 
 
@@ -357,7 +354,7 @@ class _Seen:
 
     def row(self, sample: Sample, split: str) -> PackedRow:
         """The row of one image; an unreadable one keeps its bytes, up to the cap, and has its status."""
-        limits = images.Limits()
+        limits = Limits()
         header = sample.bad or images.read_header(sample.encoded or b"", limits)
         outcome = header if isinstance(header, Bad) else images.decode(sample.encoded, 3, limits)
         height = width = 0

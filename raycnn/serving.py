@@ -201,7 +201,8 @@ def _application(bundle: str, config: ServeConfig) -> ray_serve.Application:
     options: dict[str, Any] = {"num_cpus": 1}
     if data.resources()[1].gpus >= config.replicas:
         options["num_gpus"] = 1
-    return Endpoint.options(
+    deployment: Any = Endpoint
+    return deployment.options(
         num_replicas=config.replicas,
         max_ongoing_requests=2 * MAX_BATCH,
         max_queued_requests=config.max_queued,
@@ -242,7 +243,8 @@ def serve(config: ServeConfig) -> ServeReport:
     _, limit = data.resources()
     if limit.cpus < (needed := len(models) * config.replicas):
         raise ConfigError(
-            f"serve: {len(models)} models x {config.replicas} replicas need {needed} CPUs, the cluster has {limit.cpus:g}"
+            f"serve: {len(models)} models x {config.replicas} replicas need {needed} CPUs, "
+            f"the cluster has {limit.cpus:g}"
         )
     prefixes = {name: "/" if len(models) == 1 else f"/{name}" for name in models}
     try:

@@ -9,14 +9,12 @@ nothing to do when it is finished.
     bundle/                         the best epoch's model
 """
 
-import functools
 import hashlib
 import json
 import tempfile
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,8 @@ from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, PackConfig, Tr
 from raycnn.errors import Bad, ConfigError, DataError
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
-from raycnn.shards import Collection, PackedCollection, Slice, key_hash, open_collection
-from raycnn.shards.order import epoch_pieces, lanes_for, row_order, step_counts, steps_per_epoch
+from raycnn.shards import PackedCollection, open_collection
+from raycnn.shards.order import epoch_pieces, lanes_for, step_counts, steps_per_epoch
 from raycnn.storage import Store, contains, open_store
 
 SMALL_SIDE = 64
@@ -45,7 +43,6 @@ SLOTS = 3
 VAL_CACHE_BYTES = 256 * 1024 * 1024
 """Decoded validation pixels that a worker keeps, so that later epochs do not decode them again."""
 PROGRESS_S = 0.5
-BOARD_TIMEOUT_S = 10
 SELFTEST_IMAGES = 8
 
 RESUMABLE = ("epochs", "num_workers", "device", "max_failures", "max_bad", "run")
@@ -66,10 +63,7 @@ class TrainReport:
     resumed_at_epoch: int
 
 
-Progress = Callable[[dict[str, Any]], None]
-
-
-def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
+def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainReport:
     """Train, or resume, or find the run finished.
 
     Raises:
@@ -102,7 +96,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
     )
 
 
-def _packed(config: TrainConfig, store: Store, say: Progress) -> PackedCollection:
+def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedCollection:
     """The packed data set to train on; any other layout is packed into the run folder first, said aloud."""
     collection = open_collection(config.data)
     if isinstance(collection, PackedCollection):
@@ -179,7 +173,7 @@ def _bundle_epochs(store: Store) -> int:
     return json.loads(store.get("bundle/config.json"))["metrics"].get("epochs", 0)
 
 
-def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: int, say: Progress) -> None:
+def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: int, say: data.Progress) -> None:
     """Run Ray Train; show what rank 0 posts while it runs."""
     data.connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -196,7 +190,7 @@ def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: 
         "plan": plan._asdict(),
     }
     per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if use_gpu else {})
-    with tempfile.TemporaryDirectory(prefix="raycnn-train-") as scratch, _Board(say) as board:
+    with tempfile.TemporaryDirectory(prefix="raycnn-train-") as scratch, data.Board(say) as board:
         trainer = TorchTrainer(
             _worker,
             train_loop_config=arguments | {"board": board.actor},
@@ -212,55 +206,6 @@ def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: 
         )
         with data.user_errors():
             trainer.fit()
-
-
-class _Board:
-    """Carries rank 0's events to the driver, where the terminal is."""
-
-    def __init__(self, say: Progress) -> None:
-        import ray
-
-        self._say, self._over = say, threading.Event()
-        self.actor = ray.remote(num_cpus=0)(_Events).remote()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "_Board":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        import ray
-
-        self._over.set()
-        self._thread.join(timeout=5)
-        ray.kill(self.actor)
-
-    def _watch(self) -> None:
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError
-
-        is_over = False
-        while not is_over:
-            is_over = self._over.wait(PROGRESS_S)
-            try:
-                for event in ray.get(self.actor.drain.remote(), timeout=BOARD_TIMEOUT_S):
-                    self._say(event)
-            except GetTimeoutError:
-                continue  # the actor is still starting, or the machine is busy
-            except RayError:
-                return
-
-
-class _Events:
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def post(self, event: dict[str, Any]) -> None:
-        self._events.append(event)
-
-    def drain(self) -> list[dict[str, Any]]:
-        events, self._events = self._events, []
-        return events
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -337,15 +282,13 @@ class _Run:
                     checkpoints.save(state, epoch, metrics.accuracy_top1)
                     self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
 
-    def _epoch(
-        self, epoch: int, trainer: loop.Trainer, batches: Iterator[tuple[loop.Batch, list[Bad]]]
-    ) -> dict[str, Any]:
+    def _epoch(self, epoch: int, trainer: loop.Trainer, batches: Iterator[data.FeedBatch]) -> dict[str, Any]:
         start, total, rows, bad = time.perf_counter(), 0.0, 0, Counter[str]()
         for step in range(self._steps):
-            batch, failures = next(batches)
-            loss, count = trainer.step(batch, epoch * self._steps + step)
+            taken = next(batches)
+            loss, count = trainer.step(_to_torch(taken), epoch * self._steps + step)
             total, rows = total + loss, rows + count
-            bad.update(str(f.status) for f in failures)
+            bad.update(str(f.status) for f in taken.failures)
             self._post_step(epoch, step, rows, start)
         totals = self._sum([total, float(rows), float(sum(bad.values()))])
         self._check_bad(totals[2], bad)
@@ -396,7 +339,7 @@ class _Run:
     def _post(self, event: dict[str, Any]) -> None:
         self._board.post.remote(event)
 
-    def _batches(self, first: int) -> Iterator[tuple[loop.Batch, list[Bad]]]:
+    def _batches(self, first: int) -> Iterator[data.FeedBatch]:
         """This rank's share of every step of every epoch from `first` on, in order."""
         c = self._config
         items = (
@@ -405,7 +348,7 @@ class _Run:
             for piece in epoch_pieces(self._groups, c.seed, epoch, c.batch_size, self._lanes, self._owned)
         )
         arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale}
-        buffers = _LaneBuffers(self._stream(items, arguments), self._spec)
+        buffers = data.LaneBuffers(self._stream(items, arguments), self._spec)
         for epoch in range(first, c.epochs):
             buffers.begin(epoch)
             for step in range(self._steps):
@@ -415,7 +358,7 @@ class _Run:
     def _stream(self, items: Iterator[dict[str, Any]], arguments: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
         """A Ray Data execution for every few thousand pieces, so that a long run's plan is never held whole."""
         while chunk := [item for _, item in zip(range(4096), items, strict=False)]:
-            yield from data.stream(_decode_piece, chunk, self._plan, arguments)
+            yield from data.stream(data.decode_piece, chunk, self._plan, arguments)
 
     def _decode_arguments(self) -> dict[str, Any]:
         spec = self._spec.model_dump(mode="json")
@@ -431,10 +374,12 @@ class _Run:
         low, high = self._rank * rows // self._world, (self._rank + 1) * rows // self._world
         size = (high - low) * self._spec.height * self._spec.width * self._spec.channels
         kept: list[loop.Batch] | None = [] if size <= VAL_CACHE_BYTES else None
-        for block in data.stream(_decode_piece, _ranges(groups, low, high), self._plan, self._decode_arguments()):
+        for block in data.stream(
+            data.decode_piece, data.row_ranges(groups, low, high), self._plan, self._decode_arguments()
+        ):
             for at in range(0, len(block["label"]), self._config.batch_size):
                 part = {k: v[at : at + self._config.batch_size] for k, v in block.items()}
-                batch, _ = _batch([part], self._spec)
+                batch = _to_torch(data.join([part], self._spec))
                 if kept is not None:
                     kept.append(batch)
                 yield batch
@@ -467,120 +412,8 @@ class _Run:
         )
 
 
-def _ranges(groups: Sequence[Slice], low: int, high: int) -> list[dict[str, Any]]:
-    """The rows [low, high) of the groups laid end to end, as items for `_decode_piece`."""
-    items, position = [], 0
-    for index, group in enumerate(groups):
-        start, stop = max(low, position), min(high, position + group.rows)
-        if start < stop:
-            place = {
-                "epoch": -1,
-                "lane": 0,
-                "group": index,
-                "ordinal": max(low, position),
-                "slice": list(group),
-            }
-            items.append(place | {"start": start - position, "stop": stop - position})
-        position += group.rows
-    return items
-
-
-@functools.lru_cache(maxsize=1)
-def _open_once(url: str, digest: str) -> Collection:
-    """The packed data set, opened once in each process that decodes; `digest` tells data sets at one URL apart."""
-    return open_collection(url)
-
-
-def _decode_piece(
-    item: dict[str, Any],
-    url: str,
-    digest: str,
-    spec: dict[str, Any],
-    seed: int | None = None,
-    crop_scale: float = 1.0,
-) -> dict[str, np.ndarray]:
-    """Read and decode one piece: a random box for each image from (seed, epoch, key), or the centre without a seed."""
-    packed, shape = _open_once(url, digest), ImageSpec(**spec)
-    group = Slice(*item["slice"])
-    samples = list(packed.read([group]))
-    order = np.arange(group.rows) if seed is None else row_order(group.rows, seed, item["epoch"], item["group"])
-    chosen = [samples[i] for i in order[item["start"] : item["stop"]]]
-    pixels = np.zeros((len(chosen), shape.height, shape.width, shape.channels), np.uint8)
-    bad = [""] * len(chosen)
-    for i, sample in enumerate(chosen):
-        box = None
-        if seed is not None and crop_scale < 1:
-            rng = np.random.default_rng([seed, item["epoch"], key_hash(sample.key, "raycnn-box")])
-            box = images.random_box(shape, rng, scale=(crop_scale, 1.0))
-        made = images.pixels(sample.encoded, shape, box)
-        if isinstance(made, Bad):
-            bad[i] = f"{made.status}\t{sample.key}: {made.detail}"
-        else:
-            pixels[i] = made
-    return {
-        "pixels": pixels,
-        "label": np.array([-1 if s.label is None else s.label for s in chosen], np.int64),
-        "lane": np.full(len(chosen), item["lane"], np.int64),
-        "epoch": np.full(len(chosen), item["epoch"], np.int64),
-        "ordinal": item["ordinal"] + np.arange(len(chosen)),
-        "bad": np.array(bad, object),
-    }
-
-
-class _LaneBuffers:
-    """Decoded rows that wait for their step, lane by lane; a gap in their order stops the run."""
-
-    def __init__(self, blocks: Iterator[dict[str, np.ndarray]], spec: ImageSpec) -> None:
-        self._blocks, self._spec, self._epoch = blocks, spec, -1
-        self._waiting: dict[int, deque[dict[str, np.ndarray]]] = {}
-        self._next: dict[int, int] = {}
-
-    def begin(self, epoch: int) -> None:
-        """Go on to an epoch; every row of the one before must have been taken."""
-        if any(self._waiting.values()):
-            raise RuntimeError("rows of the epoch before are left over: a gap in the order of training")
-        self._epoch, self._next = epoch, {}
-
-    def take(self, counts: list[tuple[int, int]]) -> tuple[loop.Batch, list[Bad]]:
-        """The next rows of each lane as one batch, without those that have no pixels or no label."""
-        return _batch([part for lane, count in counts for part in self._rows(lane, count)], self._spec)
-
-    def _rows(self, lane: int, count: int) -> Iterator[dict[str, np.ndarray]]:
-        waiting = self._waiting.setdefault(lane, deque())
-        while count:
-            while not waiting:
-                self._pull()
-            part = waiting.popleft()
-            if len(part["label"]) > count:
-                waiting.appendleft({k: v[count:] for k, v in part.items()})
-                part = {k: v[:count] for k, v in part.items()}
-            count -= len(part["label"])
-            yield part
-
-    def _pull(self) -> None:
-        block = next(self._blocks, None)
-        if block is None:
-            raise RuntimeError("the stream of samples ended early: a gap in the order of training")
-        starts = np.flatnonzero(np.diff(block["lane"], prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(block["lane"])], strict=True):
-            lane, ordinal = int(block["lane"][start]), int(block["ordinal"][start])
-            if block["epoch"][start] != self._epoch or ordinal != self._next.get(lane, ordinal):
-                raise RuntimeError(f"lane {lane}: row {ordinal} arrived out of the order of training")
-            self._next[lane] = ordinal + int(stop - start)
-            self._waiting.setdefault(lane, deque()).append({k: v[start:stop] for k, v in block.items()})
-
-
-def _batch(parts: list[dict[str, np.ndarray]], spec: ImageSpec) -> tuple[loop.Batch, list[Bad]]:
-    if not parts:
-        empty = torch.zeros((0, spec.height, spec.width, spec.channels), dtype=torch.uint8)
-        return loop.Batch(empty, torch.zeros(0, dtype=torch.int64)), []
-    whole = {k: np.concatenate([p[k] for p in parts]) for k in ("pixels", "label", "bad")}
-    failures = [Bad(*text.split("\t", 1)) for text in whole["bad"] if text]
-    usable = np.array([not text for text in whole["bad"]], bool) & (whole["label"] >= 0)
-    pixels, labels = whole["pixels"], whole["label"]
-    if not usable.all():
-        pixels, labels = pixels[usable], labels[usable]
-    return loop.Batch(torch.from_numpy(pixels), torch.from_numpy(labels)), failures
+def _to_torch(taken: data.FeedBatch) -> loop.Batch:
+    return loop.Batch(torch.from_numpy(taken.pixels), torch.from_numpy(taken.labels))
 
 
 class Checkpoints:

@@ -1,5 +1,5 @@
+import contextlib
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,9 @@ def test_every_torchvision_classification_model_gets_a_head_for_the_class_count(
     assert {"classic", "resnet18", "resnet152", "mobilenet_v3_small", "convnext_tiny"} <= set(names)
     assert len(names) > 75
     for name in names:
-        classifier = models.blank(name, 7, spec(224, 224, 3))
+        # Without memory, where the architecture can be built so.
+        with contextlib.nullcontext() if name.startswith("regnet") else torch.device("meta"):
+            classifier = models.blank(name, 7, spec(224, 224, 3))
         outputs = [m.weight.shape[0] for m in classifier.net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         assert outputs[-1] == 7, name
 
@@ -130,6 +132,8 @@ def test_every_family_runs_on_grayscale(name):
     shape = spec(SMALLEST[name], SMALLEST[name])
     classifier = models.blank(name, 7, shape).eval()
     with torch.inference_mode():
+        for parameter in classifier.parameters():
+            parameter.zero_()
         assert classifier(noise(shape)).shape == (2, 7)
     assert models.first_filters(classifier).shape[1] == 1
 
@@ -160,7 +164,7 @@ def test_an_image_size_that_an_architecture_cannot_take_is_said_before_training(
 
 
 def test_timm_models_are_built_by_name_or_the_extra_is_named():
-    if not shutil.which("python") or not _has_timm():
+    if not _has_timm():
         with pytest.raises(ConfigError, match=re.escape("pip install 'raycnn[timm]'")):
             models.build("timm/resnet18", 3, spec())
         return

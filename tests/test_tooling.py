@@ -11,7 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "format", "--check", "--quiet"], ["ruff", "check", "--quiet"], ["pyright", "--warnings"]],
+    [
+        ["ruff", "format", "--check", "--quiet"],
+        ["ruff", "check", "--quiet"],
+        ["pyright", "--pythonpath", sys.executable],
+    ],
     ids=["format", "lint", "types"],
 )
 def test_the_code_is_clean(command):

@@ -62,7 +62,7 @@ def jpeg_header(encoded: bytes) -> JpegHeader | None:
             elif marker == 0xFFDA and frame:
                 _, height, width, components = frame
                 many_scans = progressive or encoded[body] != components
-                return JpegHeader(height, width, components, exif, many_scans)
+                return JpegHeader(height, width, components, exif, many_scans) if height and width else None
             elif marker not in _PASSED or length < 2:
                 return None
     except (struct.error, IndexError):

@@ -182,12 +182,18 @@ def _try_out(classifier: Classifier) -> None:
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves out the random initialisation of weights."""
+    """Leaves out the random initialisation of weights, or makes it constant where it is drawn until it fits."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"):
+        if func in _INITIALISERS:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func in (Tensor.normal_, Tensor.uniform_):
+            # trunc_normal_ draws again whatever is out of bounds: the mean and the lower bound never are.
+            return args[0].fill_(args[1] if len(args) > 1 else 0.0)
         return func(*args, **kwargs)
+
+
+_INITIALISERS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_)

@@ -3,7 +3,7 @@
 ProgressLine: one line on standard error.     write_report: one self-contained report.html beside the run.
 """
 
-from raycnn.reporting.page import Picture, write_report
+from raycnn.reporting.page import Picture, train, write_report
 from raycnn.reporting.progress import ProgressLine
 
-__all__ = ["Picture", "ProgressLine", "write_report"]
+__all__ = ["Picture", "ProgressLine", "train", "write_report"]

@@ -3,19 +3,21 @@
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 import raycnn
+from raycnn.config import TrainConfig
 from raycnn.errors import DataError
 from raycnn.reporting.charts import Curve, chart
 from raycnn.storage import Store, open_store
 
 if TYPE_CHECKING:
     from raycnn.evaluating import EvaluateReport
+    from raycnn.training import TrainReport
 
 REPORT = "report.html"
 MATRIX_CLASSES = 30
@@ -70,8 +72,19 @@ def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "Ev
         _section("Configuration", _config_table(config)),
     ]
     title = f"{bundle['model']} on {config['data']}"
-    store.put(REPORT, _page(title, store.url, "\n".join(sections)).encode())
+    page = _page(title, store.url, "\n".join(sections)).encode()
+    if store.head(REPORT) is None or store.get(REPORT) != page:
+        store.put(REPORT, page)
     return f"{store.url}/{REPORT}"
+
+
+def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None) -> "TrainReport":
+    """`raycnn.training.train`, and the report beside what it has made."""
+    from raycnn.training import train
+
+    made = train(config, progress)
+    write_report(made.run)
+    return made
 
 
 def _history(store: Store) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -108,7 +109,11 @@ class ParquetCollection(Collection):
         columns = [c for c in ("key", self._image, self._label) if c and c in file.schema_arrow.names]
         for start, batch in _row_range(file, columns, piece.first, piece.rows):
             images = batch[self._image]
-            encoded = pa.compute.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+            encoded = (
+                pc.call_function("struct_field", [images], pc.StructFieldOptions(indices=["bytes"]))
+                if pa.types.is_struct(images.type)
+                else images
+            )
             keys = batch["key"].to_pylist() if "key" in columns else None
             labels = batch[self._label].to_pylist() if self._label else [None] * len(batch)
             for i, (value, label) in enumerate(zip(encoded, labels, strict=True)):

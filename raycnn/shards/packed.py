@@ -65,7 +65,7 @@ def write_shard(file: Path, rows: Iterable[PackedRow], class_names: Sequence[str
     """Write one shard, row groups of at most 512 rows or 32 MiB; return the rows of each group."""
     groups: list[int] = []
     schema = packed_schema(class_names)
-    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=["status"]) as writer:
+    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
         for group in _groups(rows):
             writer.write_table(_table(group, schema), row_group_size=len(group))
             groups.append(len(group))

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
 from raycnn.errors import ObjectChanged, ObjectMissing, StorageError
@@ -55,6 +55,9 @@ class Answer(NamedTuple):
 class Account:
     """One endpoint with one identity. Get it from `find_account`."""
 
+    _process: ClassVar[int | None] = None
+    """The process in which obstore's threads run: a forked child has none, and would wait for them for ever."""
+
     def __init__(
         self,
         endpoint: str | None,
@@ -92,6 +95,12 @@ class Account:
         Raises:
             StorageError: nobody answers at the endpoint, found out within seconds.
         """
+        process = Account._process = Account._process or os.getpid()
+        if process != os.getpid():
+            raise StorageError(
+                "S3 was in use when this process was forked, which the S3 client does not survive: start processes "
+                "with multiprocessing's spawn method"
+            )
         if bucket not in self._clients:
             if not self._reached:
                 self._reach(bucket)
@@ -167,7 +176,7 @@ class Account:
             except (HTTPClientError, ConnectionError) as error:
                 if (delay := next(delays, None)) is None:
                     cause = _one_line(error.kwargs.get("error") or error)
-                    raise self._unreachable(cause.rpartition("] ")[2].rpartition(": ")[2]) from None
+                    raise self._unreachable(cause.rpartition("] ")[2].rpartition(": ")[2].strip(")")) from None
             except BotoCoreError as error:
                 raise StorageError(f"AWS credentials: {_one_line(error)}; log in again") from None
             else:
@@ -280,7 +289,7 @@ class Failure(NamedTuple):
         status = re.search(r"\bstatus: (\d{3})\b", text) or re.search(r"status code: (\d{3})\b", text)
         code = re.search(r"<Code>(\w+)</Code>", text)
         kind = re.search(r"HttpError \{\s*kind: (\w+)", text)
-        reason = re.findall(r'message: "([^"]+)"', text) or re.findall(r'Custom.*error: "([^"]+)"', text)
+        reason = re.findall(r'(?:message|error): "([^"]+)"', text)
         return cls(
             int(status[1]) if status else None,
             code[1] if code else "",

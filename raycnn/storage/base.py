@@ -100,8 +100,11 @@ class Store(abc.ABC):
         """
         # Two tries, because the first one legitimately succeeds where the object was not there after all.
         if self.create(path, data) and self.create(path, data):
-            raise StorageError(
-                f"{self.address()}: this store ignores If-None-Match, so that two runs could overwrite each "
-                "other's results: use a store with conditional PUT (AWS S3, SeaweedFS from 4.17) or a local "
-                "folder, or promise with --single-driver that nobody else writes there"
-            )
+            raise self._overwrites("ignores")
+
+    def _overwrites(self, how: str) -> StorageError:
+        return StorageError(
+            f"{self.address()}: this store {how} If-None-Match, so that two runs could overwrite each other's "
+            "results: use a store with conditional PUT (AWS S3, SeaweedFS from 4.17) or a local folder, or promise "
+            "with --single-driver that nobody else writes there"
+        )

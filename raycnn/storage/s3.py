@@ -1,6 +1,7 @@
 """S3, and what speaks its language, as a store.
 
-obstore moves the data. Listing is done here: obstore's has no ETag per page of folders, and trims folder markers.
+obstore moves the data, but does not list it: it reads a level to its end before it returns, trims folder markers
+and fails at the first key that it cannot address.
 """
 
 import builtins
@@ -31,7 +32,7 @@ from raycnn.storage.listing import Page, Query, list_ordered, parse_page
 
 MIB = 1024 * 1024
 PART = 16 * MIB
-"""Larger objects are written in parts of this size (S3 allows 10,000 of them: 160 GiB)."""
+"""Objects larger than two of them are written in parts, of at least this size: S3 allows 10,000 parts."""
 NEAR = MIB // 4
 """Ranges that are no further apart share a request: as long as it takes to ask again."""
 LARGEST_READ = 8 * MIB
@@ -89,8 +90,9 @@ class S3Store(Store):
         answer = self._account.request("GET", self._bucket, query=sorted(fields))
         if answer.status != 200:
             code = re.search(rb"<Code>(\w+)</Code>", answer.body)
+            said = code[1].decode() if code else "NoSuchBucket" if answer.status == 404 else ""
             region = answer.headers.get("x-amz-bucket-region", "")
-            raise self._account.refusal(answer.status, code[1].decode() if code else "", address, region=region)
+            raise self._account.refusal(answer.status, said, address, region=region)
         try:
             return parse_page(answer.body, self._root)
         except (ParseError, ValueError) as error:
@@ -168,30 +170,23 @@ class S3Store(Store):
 
     def _file(self, path: str, if_match: str | None, first_read: int) -> BinaryIO:
         entry = self._head(path, if_match)
-        fetch = partial(self._get_range, path, if_match or entry.etag)
+        fetch = partial(self._get_range, path, if_match or entry.etag or None)
         return cast(BinaryIO, io.BufferedReader(_ObjectFile(fetch, entry.size, first_read), 64 * 1024))
 
     @override
     def put(self, path: str, data: bytes) -> Entry:
-        with self._explained(path):
-            done = obstore.put(
-                self._client,
-                self._key(path),
-                data,
-                use_multipart=len(data) > 2 * PART,
-                chunk_size=PART,
-                max_concurrency=4,
-            )
-        return Entry(path, len(data), done["e_tag"] or "")
+        return self._upload(path, data, len(data))
 
     @override
     def put_file(self, path: str, file: Path) -> Entry:
-        size = file.stat().st_size
+        return self._upload(path, file, file.stat().st_size)
+
+    def _upload(self, path: str, source: bytes | Path, size: int) -> Entry:
         with self._explained(path):
             done = obstore.put(
                 self._client,
                 self._key(path),
-                file,
+                source,
                 use_multipart=size > 2 * PART,
                 chunk_size=max(PART, size // 9_000),
                 max_concurrency=4,
@@ -212,6 +207,8 @@ class S3Store(Store):
                 problem = self._account.refusal(409, "ConditionalRequestConflict", self.address(path), str(error))
             except (BaseError, FileNotFoundError) as error:
                 failure, problem = Failure.of(error), self._account.problem(error, self.address(path))
+                if failure.status == 501:
+                    raise self._overwrites("does not know") from None
                 # obstore repeats what surely failed. Without an answer nobody knows; the condition makes it safe.
                 if failure.status not in {None, 429} or failure.kind == "Connect":
                     raise problem from None
