@@ -129,11 +129,10 @@ def _batches(fetch: Fetch, prefix: str, page: Page | None) -> Iterator[list[Entr
     if page.token is None:
         yield [*entries]
         return
-    if any("/" in entry.path[len(prefix) :] for entry in entries):
-        query = Query(prefix, by_folder=True)
-    else:
+    query = Query(prefix, by_folder=True)
+    if entries and not any("/" in entry.path[len(prefix) :] for entry in entries):
         yield [*entries]
-        query = Query(prefix, by_folder=True, after=entries[-1].path)
+        query = query._replace(after=entries[-1].path)
     held: list[Entry | str] = []
     while True:
         page = fetch(query)
@@ -142,7 +141,7 @@ def _batches(fetch: Fetch, prefix: str, page: Page | None) -> Iterator[list[Entr
             yield held
             return
         # Whether a server sorts 'a/' as 'a/' or as 'a', what it has yet to send lies above this name.
-        reached = max(_path(item).rstrip("/") for item in [*page.entries, *page.folders])
+        reached = max((_path(item).rstrip("/") for item in [*page.entries, *page.folders]), default="")
         yield [item for item in held if _path(item) <= reached]
         held = [item for item in held if _path(item) > reached]
         query = query._replace(token=page.token)
