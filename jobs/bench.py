@@ -47,13 +47,12 @@ def images(folder: str | None) -> dict[str, Any]:
             "pixels, 28x28 PNG": (lambda file: pixels(file, digit), [_encode(blob, "PNG") for blob in blobs]),
         }
     )
-    bare, ours, theirs, _ = (statistics.median(rate) for rate in rates.values())
     return {
         "files": {"count": len(files), "mean_bytes": round(statistics.mean(map(len, files)))},
         "source": "folder" if folder else "synthetic",
         "images_per_cpu_s": {name: round(statistics.median(rate), 1) for name, rate in rates.items()},
-        "pixels_to_bare_decode": round(ours / bare, 3),
-        "pixels_to_pillow_torchvision": round(ours / theirs, 3),
+        "pixels_to_bare_decode": _ratio(rates, "pixels", "simplejpeg.decode_jpeg"),
+        "pixels_to_pillow_torchvision": _ratio(rates, "pixels", "pillow + torchvision"),
         "samples": rates,
     }
 
@@ -103,12 +102,18 @@ def _rates(tasks: Mapping[str, tuple[Callable[[Any], object], list[Any]]]) -> di
     return {name: rate[1:] for name, rate in rates.items()}  # the first round warms up
 
 
+def _ratio(rates: Mapping[str, list[float]], of: str, to: str) -> float:
+    """Median over the rounds, whose two parts ran within a second of each other."""
+    return round(statistics.median(one / other for one, other in zip(rates[of], rates[to], strict=True)), 3)
+
+
 BENCHMARKS: dict[str, Callable[[str | None], dict[str, Any]]] = {"images": images}
 
 
 def _where() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     packages = ("raycnn", "numpy", "pillow", "simplejpeg", "torch", "torchvision")
     return {
         "cpu": cpu or platform.processor(),

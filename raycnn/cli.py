@@ -26,6 +26,7 @@ from raycnn.errors import ConfigError, RaycnnError
 
 INTERRUPTED = 130
 MAX_TABLE_ROWS = 20
+MAX_TABLE_WIDTH = 120
 
 _ABOUT = """From raw images in object storage to a trained CNN to a label for every one of them.
 
@@ -232,7 +233,20 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     names = list(rows[0])
     cells = [names, *([_brief(row.get(name)) for name in names] for row in rows[:MAX_TABLE_ROWS])]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    if sum(widths) > MAX_TABLE_WIDTH:
+        yield from _blocks(names, cells[1:])
+    else:
+        for line in cells:
+            yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
     if len(rows) > MAX_TABLE_ROWS:
         yield f"  and {len(rows) - MAX_TABLE_ROWS} more, shown by --json"
+
+
+def _blocks(names: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """One line a cell, for what is too wide to stand side by side."""
+    width = max(map(len, names))
+    for number, row in enumerate(rows):
+        if number:
+            yield ""
+        for name, cell in zip(names, row, strict=True):
+            yield f"  {name:<{width}}  {cell}"

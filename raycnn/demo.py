@@ -202,11 +202,16 @@ class _Demo:
         there = {e.path: e.size for e in store.list()}
         missing = ((path, data) for path, data in files if there.get(path) != len(data))
         for done, _ in enumerate(_parallel(lambda file: store.put(*file), missing), 1):
-            self._say({"kind": "progress", "done": done, "total": count, "text": "uploading"})
+            self._say({"kind": "progress", "done": done, "total": count, "unit": "files", "text": "uploading"})
 
     def _photos(self, collection: PackedCollection, split: str) -> dict[str, str | None]:
-        """Write the images of a split side by side under names that tell nothing; return each one's class."""
+        """Write the images of a split side by side under names that tell nothing; return each one's class.
+
+        They go into the demo's folder at the same time, for the commands that the demo ends with.
+        """
         truth: dict[str, str | None] = {}
+        folder = self._home / "photos"
+        folder.mkdir(exist_ok=True)
 
         def files() -> Iterator[tuple[str, bytes]]:
             for number, sample in enumerate(collection.read(list(collection.select(split, Counter())))):
@@ -214,6 +219,7 @@ class _Demo:
                 header = images.read_header(encoded)
                 name = f"{number:06d}.{'bin' if isinstance(header, Bad) else header.format.lower()}"
                 truth[name] = None if sample.label is None else collection.class_names[sample.label]
+                _write(folder / name, encoded)
                 yield name, encoded
 
         self._put(self._store.child("photos"), files(), collection.rows(split))
@@ -236,21 +242,19 @@ class _Demo:
         raise DataError(f"{photos.url}: none of the held-out images can be read")
 
     def _keep(self, truth: dict[str, str | None]) -> None:
-        """Copy what the store holds, but for the raw images, to the demo's folder."""
+        """Copy what the store holds, but for the images, to the demo's folder."""
         shutil.rmtree(self._home / "labels", ignore_errors=True)
-        wanted = [e for e in self._store.list() if not e.path.startswith("raw/")]
-
-        def copy(path: str) -> None:
-            file, data = self._home / path, self._store.get(path)
-            # An equal file keeps its time, which is part of its version for whoever labels the folder.
-            if not (file.exists() and file.read_bytes() == data):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
-
-        for done, _ in enumerate(_parallel(copy, (e.path for e in wanted)), 1):
-            self._say({"kind": "progress", "done": done, "total": len(wanted), "text": "copying"})
+        wanted = [e.path for e in self._store.list() if not e.path.startswith(("raw/", "photos/"))]
+        deque(_parallel(lambda path: _write(self._home / path, self._store.get(path)), wanted), maxlen=0)
         lines = "".join(f"{photo},{'' if name is None else name}\n" for photo, name in truth.items())
         (self._home / "truth.csv").write_text("photo,class\n" + lines, encoding="utf-8")
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file, unless it holds these bytes: an equal one keeps its time, which is part of its version."""
+    if not (file.exists() and file.read_bytes() == data):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
 
 
 def _parallel(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -277,19 +281,13 @@ def _agreeing(labels: Store, truth: dict[str, str | None]) -> int:
 def _next_commands(home: Path, photo: str) -> list[dict[str, str]]:
     """What to type next; each works as it stands."""
     at, bundle = shlex.quote(str(home)), shlex.quote(str(home / "run" / "bundle"))
+    label = f"raycnn label {at}/photos {at}/my-labels --bundle {bundle}"
+    ask = f"curl --data-binary @{at}/photos/{photo} http://127.0.0.1:8000/v1/classify"
+    other = f"raycnn train {at}/packed {at}/my-run --model resnet18 --epochs 2"
     return [
-        {
-            "to": "label a folder of images (put your own in place of the demo's)",
-            "type": f"raycnn label {at}/photos {at}/my-labels --bundle {bundle}",
-        },
-        {
-            "to": f"serve the network, then: curl --data-binary @{at}/photos/{photo} http://127.0.0.1:8000/v1/classify",
-            "type": f"raycnn serve --bundle {bundle}",
-        },
-        {
-            "to": "train another network on the same images",
-            "type": f"raycnn train {at}/packed {at}/my-run --model resnet18 --epochs 2",
-        },
+        {"to": "label a folder of images (put your own in place of the demo's)", "type": label},
+        {"to": f"serve the network, and ask it with {ask}", "type": f"raycnn serve --bundle {bundle}"},
+        {"to": "train another network on the same images", "type": other},
     ]
 
 
@@ -412,5 +410,5 @@ def _fashion_mnist() -> _Source:
             yield file.name, file.read_bytes()
 
     return _Source(
-        "fashion-mnist", None, read, len(files) + 1, pack={}, train={"epochs": 5, "batch_size": 128, "crop_scale": 1.0}
+        "fashion-mnist", None, read, len(files) + 1, pack={}, train={"epochs": 4, "batch_size": 128, "crop_scale": 1.0}
     )

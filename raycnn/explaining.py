@@ -201,7 +201,7 @@ class _Canvas:
             is_truth = f"{name}  (truth)" if name == truth else name
             self.fitted(left - 20, top + ROW * i + 13, is_truth, 22, 280, "rm")
         self._vote_bars(left, top, 400, ranking.votes)
-        self._share_bars(left + 540, top, 360, ranking.probabilities)
+        self._share_bars(left + 540, top, 340, ranking.probabilities)
         self._advance(36 + ROW * len(ranking.names))
 
     def _vote_bars(self, left: int, top: int, width: int, votes: list[float]) -> None:
@@ -212,7 +212,7 @@ class _Canvas:
             y, end = top + ROW * i, zero + vote * scale
             colour = POSITIVE if vote > 0 else NEGATIVE
             self._draw.rectangle((min(zero, end), y, max(zero, end), y + 26), colour)
-            self.text(max(zero, end) + 10, y + 13, f"{vote:+.3g}", 20, QUIET, "lm")
+            self.text(max(zero, end) + 10, y + 13, f"{vote:+.2f}", 20, QUIET, "lm")
         self._draw.line((zero, top - 4, zero, top + ROW * len(votes) - 6), QUIET)
 
     def _share_bars(self, left: int, top: int, width: int, shares: list[float]) -> None:

@@ -569,7 +569,7 @@ GOLDEN_JPEG_PIXELS = [
     [[32, 160, 33], [94, 160, 37], [158, 162, 44], [219, 162, 50]],
     [[36, 218, 46], [95, 220, 49], [163, 220, 56], [224, 220, 62]],
 ]
-GOLDEN_SHA256 = "f3db7c69500b2610ad3f36b8eea0aa8bf3a1864ac74662190fcb8fabb1bb07b3"
+GOLDEN_SHA256 = "2cd90819b6a47255a47377771624d53edac81825cd10edb4cde8a90b3d744915"
 
 
 def test_golden_pixels_of_lossless_files():

@@ -17,10 +17,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raycnn.errors import ConfigError, ObjectChanged, ObjectMissing, StorageError
 from raycnn.s3local import S3Server
-from raycnn.storage import Store, aws, contains, fsspec_filesystem, open_store
+from raycnn.storage import Entry, Store, aws, contains, fsspec_filesystem, open_store
+from raycnn.storage.listing import Page, Query, list_ordered
 
 AWKWARD = (
     *("a.b", "a/b", "a b", "a+b", "a%b", "a%20b", "a#b", "a?b", "a&b<c>", "a:b", "a'b", 'a"b', "a0/x", "a/0", "a-/0"),
@@ -157,16 +160,12 @@ def serve(keys: set[str], size: int, as_tree: bool) -> Callable[[Query], Page]:
             start = len(query.prefix)
             below = {k[: k.index("/", start) + 1] if "/" in k[start:] else k for k in below}
         items = sorted(below, key=order)  # type: ignore
-        begin = int(query.token or 0)
-        page = items[begin : begin + size]
-        if begin == 0 and len(items) % 2:  # a page may be short or empty, and yet not be the last
-            page = page[: size // 2]
-        end = begin + len(page) if page or begin else 0
-        token = str(end) if end < len(items) else None
-        if not page and begin == 0 and items:
-            token = "0 "
+        if query.token is None and len(items) % 2:  # a page may be empty, and yet not be the last
+            return Page([], [], "0")
+        end = int(query.token or 0) + size
+        page = items[end - size : end]
         entries = [Entry(path, 1, "") for path in page if path in keys]
-        return Page(entries, [path for path in page if path not in keys], token)
+        return Page(entries, [path for path in page if path not in keys], str(end) if end < len(items) else None)
 
     return fetch
 

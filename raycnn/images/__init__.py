@@ -195,4 +195,5 @@ def _torch() -> tuple[Callable[[np.ndarray], Any], Callable[..., Any]]:
     """
     import torch
 
-    return torch.from_numpy, torch._C._nn._upsample_bilinear2d_aa
+    kernel = torch._C._nn._upsample_bilinear2d_aa  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.from_numpy, kernel

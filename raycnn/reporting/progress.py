@@ -56,7 +56,8 @@ class ProgressLine:
     """Takes the events of a verb and draws them; never writes to standard output.
 
         {"kind": "note", "text"}                             a line that stays
-        {"kind": "progress", "done", "total", "text"}        moves the line; a `rate` in it is shown as it is
+        {"kind": "progress", "done", "total", "text"}        moves the line; a `rate` in it is shown until there is one
+                                                             of our own; `unit` is what is counted, else images
         {"kind": "epoch", "epoch", "epochs", ...metrics}     a line that stays
 
     On a terminal the line is redrawn in place and gone at the end; elsewhere it is printed now and then.
@@ -130,12 +131,13 @@ class ProgressLine:
     def _text(self, now: float) -> str:
         meter, event = self._meter, self._event
         assert meter is not None
-        rate = event.get("rate") or meter.rate(now)
+        rate = meter.rate(now) or event.get("rate")
         left = meter.seconds_left(now)
         is_done = meter.done >= meter.total
+        unit = event.get("unit", "images")
         parts = [
-            f"{min(meter.done, meter.total):,}/{meter.total:,} images",
-            f"{rate:,.0f} images/s" if rate else "",
+            f"{min(meter.done, meter.total):,}/{meter.total:,} {unit}",
+            f"{rate:,.0f} {unit}/s" if rate else "",
             f"{_clock_text(left)} left" if left is not None and not is_done else "",
             event.get("text", ""),
         ]
