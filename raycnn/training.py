@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,18 @@ def _bundle_epochs(store: Store) -> int:
 def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: int, say: data.Progress) -> None:
     """Run Ray Train; show what rank 0 posts while it runs."""
     data.connect()
+    import ray
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        """Leaves Ctrl-C alone: Ray Train's handler ends the process with its own exit code, and stays in place."""
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
 
     _, limit = data.resources()
     use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= config.num_workers)
@@ -191,7 +202,7 @@ def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: 
     }
     per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if use_gpu else {})
     with tempfile.TemporaryDirectory(prefix="raycnn-train-") as scratch, data.Board(say) as board:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _worker,
             train_loop_config=arguments | {"board": board.actor},
             scaling_config=ScalingConfig(
@@ -204,8 +215,14 @@ def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, lanes: 
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),
         )
-        with data.user_errors():
-            trainer.fit()
+        try:
+            with data.user_errors():
+                trainer.fit()
+        except KeyboardInterrupt:
+            if trainer.controller is not None:
+                with suppress(RayActorError):
+                    ray.get(trainer.controller.abort.remote())
+            raise
 
 
 def _worker(arguments: dict[str, Any]) -> None:
