@@ -108,8 +108,8 @@ class Endpoint:
         self._limits = Limits(max_bytes=max_bytes)
         self._decoders = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
         self._batcher = _Batcher(self._predict)
-        spec = loaded.spec
-        self._predict([np.zeros((spec.height, spec.width, spec.channels), np.uint8)])
+        self._blank = np.zeros((loaded.spec.height, loaded.spec.width, loaded.spec.channels), np.uint8)
+        self._predict([self._blank])
 
     def _predict(self, pixels: list[Pixels]) -> list[dict[str, Any]]:
         predictions = self._predictor.predict(np.stack(pixels))
@@ -173,10 +173,9 @@ class Endpoint:
         """A replica answers only after its model has passed the self-test and predicted once."""
         return {"status": "ok"}
 
-    def check_health(self) -> None:
-        """Called by Ray Serve: the model still predicts."""
-        spec = self._predictor.bundle.spec
-        self._predict([np.zeros((spec.height, spec.width, spec.channels), np.uint8)])
+    async def check_health(self) -> None:
+        """Called by Ray Serve: the model still predicts, in its turn."""
+        await self._batcher.submit(self._blank)
 
 
 def _bad_image(bad: Bad) -> JSONResponse:
