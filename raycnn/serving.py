@@ -92,6 +92,17 @@ class _Batcher:
                 future.set_result(result)
 
 
+# These stand above the endpoint because `ingress` copies the routes, with the globals that there are by then.
+def _bad_image(bad: Bad) -> JSONResponse:
+    code = 413 if bad.status is Status.TOO_LARGE else 422
+    return _problem(code, "the image cannot be classified", bad.detail, image_status=str(bad.status))
+
+
+def _problem(code: int, title: str, detail: str, **more: str) -> JSONResponse:
+    content = {"type": "about:blank", "title": title, "status": code, "detail": detail} | more
+    return JSONResponse(content, status_code=code, media_type="application/problem+json")
+
+
 web = FastAPI(title="raycnn", docs_url=None, redoc_url=None)
 
 
@@ -176,16 +187,6 @@ class Endpoint:
     async def check_health(self) -> None:
         """Called by Ray Serve: the model still predicts, in its turn."""
         await self._batcher.submit(self._blank)
-
-
-def _bad_image(bad: Bad) -> JSONResponse:
-    code = 413 if bad.status is Status.TOO_LARGE else 422
-    return _problem(code, "the image cannot be classified", bad.detail, image_status=str(bad.status))
-
-
-def _problem(code: int, title: str, detail: str, **more: str) -> JSONResponse:
-    content = {"type": "about:blank", "title": title, "status": code, "detail": detail} | more
-    return JSONResponse(content, status_code=code, media_type="application/problem+json")
 
 
 def app(config: ServeConfig) -> ray_serve.Application:

@@ -225,9 +225,9 @@ def test_keys_of_published_densenet_and_googlenet_files_are_understood():
 def test_weights_that_do_not_fit_are_refused_with_the_first_difference():
     classifier = models.build("classic", 3, spec())
     state = classifier.net.state_dict()
-    with pytest.raises(BundleError, match="lacks conv2.weight$"):
+    with pytest.raises(BundleError, match=r"lacks conv2\.weight$"):
         models.fill(classifier, {k: v for k, v in state.items() if k != "conv2.weight"}, "w")
-    with pytest.raises(BundleError, match="unexpected extra$"):
+    with pytest.raises(BundleError, match=r"unexpected extra$"):
         models.fill(classifier, state | {"extra": torch.zeros(1)}, "w")
     with pytest.raises(BundleError, match=r"conv2.weight is \(2, 2\), expected \(32, 16, 3, 3\)"):
         models.fill(classifier, state | {"conv2.weight": torch.zeros(2, 2)}, "w")

@@ -150,8 +150,10 @@ def _open_jpeg(encoded: bytes, limits: Limits) -> File | Bad:
 
 def _open_with_pillow(encoded: bytes, name: str, limits: Limits) -> File | Bad:
     content, exif = structure.png_essentials(encoded) if name == "PNG" else (encoded, b"")
-    if name == "WEBP" and (bad := _too_large(*structure.webp_canvas(encoded), limits)):
-        return bad  # opening it takes the memory of the canvas
+    # Before the file is opened: that takes the memory of a WebP's canvas, and fails for a PNG that ends early.
+    announced = {"WEBP": structure.webp_canvas, "PNG": structure.png_size}.get(name)
+    if announced and (bad := _too_large(*announced(encoded), limits)):
+        return bad
     try:
         image = _READERS[name](io.BytesIO(content))
         tile = _tile(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else (0, 0)

@@ -95,6 +95,14 @@ def png_essentials(encoded: bytes) -> tuple[bytes, bytes]:
     return b"".join(kept), exif
 
 
+def png_size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of a PNG, which its first chunk has to hold; (0, 0) where that is another."""
+    if encoded[12:16] != b"IHDR" or len(encoded) < 24:
+        return 0, 0
+    width, height = struct.unpack_from(">II", encoded, 16)
+    return height, width
+
+
 def webp_canvas(encoded: bytes) -> tuple[int, int]:
     """Height and width of an extended WebP (RFC 9649, 2.7); (0, 0) for others, which end at 16384 px."""
     if encoded[12:16] != b"VP8X" or len(encoded) < 30:
