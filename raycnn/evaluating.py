@@ -56,7 +56,12 @@ def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> E
     plan = data.plan_units("evaluate", now, limit, len(pieces), use_gpu=limit.gpus >= 1)
     items = [{"slices": [list(s) for s in unit]} for unit in pieces]
     total = sum(s.rows for unit in pieces for s in unit)
-    arguments = {"bundle": config.bundle, "data": config.data, "device": "cuda" if plan.gpus else "cpu"}
+    arguments = {
+        "bundle": config.bundle,
+        "data": config.data,
+        "class_names": list(collection.class_names),
+        "device": "cuda" if plan.gpus else "cpu",
+    }
     metrics, status, unlabelled, done = Metrics(len(bundle.class_names)), Counter[str](), 0, 0
     for result in data.map_units(Evaluator, items, plan, arguments):
         metrics.merge(Metrics.from_vector(_dense(result["counts"]), len(bundle.class_names)))
@@ -96,14 +101,14 @@ def _report(
 class Evaluator:
     """Lives in one Ray worker: reads, decodes and predicts one unit after another, and returns its counts."""
 
-    def __init__(self, bundle: str, data: str, device: str) -> None:
+    def __init__(self, bundle: str, data: str, class_names: list[str], device: str) -> None:
         """Load the bundle, whose self-test runs here."""
         torch.set_num_threads(1)
         self._bundle = bundles.load(bundle)
         self._predictor = Predictor(self._bundle, device)
-        self._collection = open_collection(data)
+        self._collection = open_collection(data, tuple(class_names))
         # Class folders may come in another order, or be fewer, than the bundle's classes.
-        self._labels = [self._bundle.class_names.index(n) for n in self._collection.class_names]
+        self._labels = [self._bundle.class_names.index(n) for n in class_names]
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Counts of one unit."""

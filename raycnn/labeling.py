@@ -236,7 +236,7 @@ class Labeler:
         self._fingerprint = fingerprint
         self._class_names = bundle.class_names
         self._predictor = Predictor(bundle, device, top_k=fingerprint["top_k"])
-        self._collection = open_collection(self._config.data)
+        self._collection = open_collection(self._config.data, ())
         self._ledger = Ledger(open_store(self._config.out), parts)
         self._lineage = {
             "bundle": bundle.digest,

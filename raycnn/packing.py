@@ -46,6 +46,12 @@ BUCKETS = 64
 """Files that a listing is spilled to while it is mixed: one of them is sorted in memory at a time."""
 WINDOW_BYTES = 1024 * MIB
 """What is mixed together of a source that can only be read in sequence; it lies on one worker's disk."""
+TASK_ROWS = 262_144
+"""Rows of one task at most, whose keys and hashes its worker holds; it ends the shards of very small images."""
+SPILL_ROWS = 4096
+"""Rows that wait in memory for each bucket's file."""
+UNNAMED = "unnamed"
+"""Stands for the split of rows whose source names none."""
 DUPLICATE_ROWS = 4_000_000
 """Content hashes that are compared in memory at a time."""
 DUPLICATE_EXAMPLES = 1000
@@ -106,9 +112,8 @@ def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
     collection = open_collection(config.src)
     say({"kind": "note", "text": f"{config.src}: {collection.layout}, because {collection.reason}"})
     skipped: Counter[str] = Counter()
-    planner = _ListingPlanner if collection.random_access else _WindowPlanner
     with tempfile.TemporaryDirectory(prefix="raycnn-pack-") as scratch:
-        planned = planner(config, collection, Path(scratch))
+        planned = _Planner(config, collection, Path(scratch))
         about: dict[str, Any] = {"class_names": list(collection.class_names), "layout": collection.layout}
         tasks = planned.tasks(collection.slices(skipped, config.exclude))
         plan = ledger.plan(0, tasks, selection, settings, skipped, about | {"outputs": planned.outputs})
@@ -117,49 +122,51 @@ def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
     return plan
 
 
-class _ListingPlanner:
-    """Tasks of about one shard each, of slices in the order of their seeded hash: mixed as if shuffled whole."""
+class _Planner:
+    """Cuts a collection into mixed tasks; memory does not grow with it, because it is sorted on disk.
+
+    Where single rows can be read, a task is one shard of rows in the order of their hash, as if all were shuffled.
+    Where only runs of rows can be, a task is a window of random runs, and writes shards of every split that it
+    may hold.
+    """
 
     def __init__(self, config: PackConfig, collection: Collection, scratch: Path) -> None:
         self._config, self._collection, self._scratch = config, collection, scratch
+        self._used: Counter[str] = Counter()
         self.outputs: list[list[Output]] = []
 
     def tasks(self, slices: Iterator[Slice]) -> Iterator[list[Slice]]:
-        buckets = _spill(slices, self._split, f"order-{self._config.seed}", self._scratch)
-        limit = self._config.shard_mib * MIB
-        for split in SPLITS:
-            mixed = (s for b in range(BUCKETS) for s in _read_bucket(buckets, split, b))
-            for index, task in enumerate(_by_bytes(mixed, limit)):
-                self.outputs.append([Output(split, index, 1)])
+        limit = self._config.shard_mib * MIB if self._collection.random_access else WINDOW_BYTES
+        _spill(slices, self._group, self._order, self._scratch)
+        for group in (*SPLITS, UNNAMED):
+            mixed = (s for b in range(BUCKETS) for s in _read_bucket(self._scratch, group, b))
+            for task in _cut(mixed, limit):
+                self.outputs.append(self._outputs(group, sum(s.bytes for s in task)))
                 yield task
 
-    def _split(self, piece: Slice) -> str:
-        return split_for(piece.key, self._collection.split_of(piece), self._collection.splits, self._config)
+    def _group(self, piece: Slice) -> str:
+        """The split that the slice goes to, or for a run of rows the one that its source names."""
+        named = self._collection.split_of(piece)
+        if self._collection.random_access:
+            return split_for(piece.key, named, self._collection.splits, self._config)
+        return named or UNNAMED
 
+    def _order(self, piece: Slice) -> int:
+        name = piece.key if self._collection.random_access else self._collection.run_of(piece)
+        return key_hash(name, f"order-{self._config.seed}")
 
-class _WindowPlanner:
-    """Tasks of random row groups that are read in sequence; each writes shards of every split it may hold."""
-
-    def __init__(self, config: PackConfig, collection: Collection, scratch: Path) -> None:
-        self._config, self._collection, self._scratch = config, collection, scratch
-        self.outputs: list[list[Output]] = []
-
-    def tasks(self, slices: Iterator[Slice]) -> Iterator[list[Slice]]:
-        by_split: dict[str | None, list[Slice]] = {}
-        for piece in slices:
-            by_split.setdefault(self._collection.split_of(piece), []).append(piece)
-        used: Counter[str] = Counter()
-        for named, pieces in by_split.items():
-            pieces.sort(key=lambda s: key_hash(f"{s.path}#{s.first}", f"order-{self._config.seed}"))
-            for task in _by_bytes(pieces, WINDOW_BYTES):
-                self.outputs.append(list(self._outputs(named, sum(s.bytes for s in task), used)))
-                yield task
-
-    def _outputs(self, named: str | None, size: int, used: Counter[str]) -> Iterator[Output]:
-        for split, share in split_shares(named, self._collection.splits, self._config).items():
-            count = max(1, round(size * share / (self._config.shard_mib * MIB)))
-            yield Output(split, used[split], count)
-            used[split] += count
+    def _outputs(self, group: str, size: int) -> list[Output]:
+        shares = {group: 1.0}
+        if not self._collection.random_access:
+            shares = split_shares(None if group == UNNAMED else group, self._collection.splits, self._config)
+        outputs = []
+        for split, share in shares.items():
+            count = (
+                1 if self._collection.random_access else max(1, round(size * share / (self._config.shard_mib * MIB)))
+            )
+            outputs.append(Output(split, self._used[split], count))
+            self._used[split] += count
+        return outputs
 
 
 def split_for(key: str, named: str | None, splits: tuple[str, ...], config: PackConfig) -> str:
@@ -183,13 +190,15 @@ def split_shares(named: str | None, splits: tuple[str, ...], config: PackConfig)
 
 
 _SPILL = pa.schema(
-    [("hash", pa.uint64())]
+    [("order", pa.uint64())]
     + [(name, pa.string() if name in ("key", "path", "etag") else pa.int64()) for name in Slice._fields]
 )
 
 
-def _spill(slices: Iterator[Slice], split_of: Callable[[Slice], str], salt: str, scratch: Path) -> Path:
-    """Append each slice to the file of its split and of the top bits of its hash."""
+def _spill(
+    slices: Iterator[Slice], group_of: Callable[[Slice], str], order_of: Callable[[Slice], int], scratch: Path
+) -> None:
+    """Append each slice to the file of its group and of the top bits of its order."""
     waiting: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
     with ExitStack() as stack:
         writers: dict[tuple[str, int], pa.RecordBatchFileWriter] = {}
@@ -203,35 +212,36 @@ def _spill(slices: Iterator[Slice], split_of: Callable[[Slice], str], salt: str,
             writers[place].write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SPILL))
 
         for piece in slices:
-            order = key_hash(piece.key, salt)
-            place = (split_of(piece), order * BUCKETS >> 64)
+            order = order_of(piece)
+            place = (group_of(piece), order * BUCKETS >> 64)
             rows = waiting.setdefault(place, [])
             rows.append((order, *piece))
-            if len(rows) == 4096:
+            if len(rows) == SPILL_ROWS:
                 flush(place)
         for place in list(waiting):
             flush(place)
-    return scratch
 
 
-def _read_bucket(scratch: Path, split: str, bucket: int) -> Iterator[Slice]:
-    file = scratch / f"{split}-{bucket}.arrow"
+def _read_bucket(scratch: Path, group: str, bucket: int) -> Iterator[Slice]:
+    file = scratch / f"{group}-{bucket}.arrow"
     if file.exists():
-        table = pa.ipc.open_file(str(file)).read_all().sort_by("hash")
+        # The rows of a run have one order: they stay together, as they lie in their object.
+        table = pa.ipc.open_file(str(file)).read_all().sort_by([(c, "ascending") for c in ("order", "path", "first")])
         for batch in table.to_batches(max_chunksize=8192):
             for _, *piece in zip(*(c.to_pylist() for c in batch.columns), strict=True):
                 yield Slice(*piece)
 
 
-def _by_bytes(slices: Iterable[Slice], limit: int) -> Iterator[list[Slice]]:
+def _cut(slices: Iterable[Slice], limit: int) -> Iterator[list[Slice]]:
+    """Consecutive slices as tasks of at most `limit` bytes and TASK_ROWS rows (one larger slice is a task)."""
     task: list[Slice] = []
-    size = 0
+    size = rows = 0
     for piece in slices:
-        if task and size + piece.bytes > limit:
+        if task and (size + piece.bytes > limit or rows + piece.rows > TASK_ROWS):
             yield task
-            task, size = [], 0
+            task, size, rows = [], 0, 0
         task.append(piece)
-        size += piece.bytes
+        size, rows = size + piece.bytes, rows + piece.rows
     if task:
         yield task
 
@@ -266,8 +276,7 @@ class Packer:
         self._config, self._totals, self._class_names = make(PackConfig, config), totals, class_names
         self._store = open_store(self._config.dst)
         self._ledger = Ledger(self._store.child(WORK), "parts", ".json")
-        self._collection = open_collection(self._config.src)
-        self._labels = {i: class_names.index(n) for i, n in enumerate(self._collection.class_names)}
+        self._collection = open_collection(self._config.src, tuple(class_names))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Write and commit one task's shards."""
@@ -292,11 +301,10 @@ class Packer:
 
         def rows() -> Iterator[PackedRow]:
             for sample in samples:
-                label = self._labels.get(sample.label) if sample.label is not None else None
-                row = self._seen.row(sample._replace(label=label), split)
+                row = self._seen.row(sample, split)
                 statuses[str(row.status)] += 1
-                if label is not None:
-                    classes[self._class_names[label]] += 1
+                if row.label is not None:
+                    classes[self._class_names[row.label]] += 1
                 yield row
 
         file = scratch / "shard.parquet"

@@ -1,11 +1,13 @@
 """Packing: nothing is dropped, nothing is redone, and other tools read the result."""
 
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from PIL import Image
 import raycnn
 from raycnn.config import PackConfig, make
 from raycnn.errors import ConfigError, DataError
-from raycnn.packing import split_for, split_shares
-from raycnn.shards import PackedCollection, open_collection
+from raycnn.packing import _Planner, split_for, split_shares
+from raycnn.shards import PackedCollection, Slice, open_collection
+from raycnn.shards.containers import TarCollection
 from raycnn.storage import open_store
 
 RAYCNN = str(Path(sys.executable).with_name("raycnn"))
@@ -44,10 +47,10 @@ def images(count: int, classes: int = 3) -> dict[str, bytes]:
     return {f"class{i % classes}/{i:04d}.png": png(i % 256, 8 + i // 256) for i in range(count)}
 
 
-def rows_of(url: str) -> list[dict]:
+def rows_of(url: str, split: str | None = None) -> list[dict]:
     store = open_store(url)
-    manifest = json.loads(store.get("manifest.json"))
-    tables = [pq.read_table(io.BytesIO(store.get(s["path"]))) for s in manifest["shards"]]
+    shards = [s for s in json.loads(store.get("manifest.json"))["shards"] if split in (None, s["split"])]
+    tables = [pq.read_table(io.BytesIO(store.get(s["path"]))) for s in shards]
     return [row for table in tables for row in table.to_pylist()]
 
 
@@ -123,6 +126,42 @@ def test_class_sorted_parquet_is_mixed_through_a_window(tmp_path):
         r["label"] for r in rows if split_for(r["key"], None, (), make(PackConfig, {"src": "", "dst": ""})) == "train"
     ]
     assert 0.35 < np.mean(train[:100]) < 0.65
+
+
+def test_class_sorted_tars_are_mixed_and_nothing_of_them_is_lost(tmp_path):
+    (tmp_path / "tars").mkdir()
+    for name in ("cat", "dog"):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for i in range(100):
+                add(tar, f"{i:03d}.png", png(i))
+                add(tar, f"{i:03d}.cls", name.encode())
+    report = raycnn.pack(str(tmp_path / "tars"), str(tmp_path / "packed"), val=0.2, test=0)
+    rows = [row for row in rows_of(str(tmp_path / "packed")) if row["key"]]
+    assert (report.rows, len(rows), len({r["key"] for r in rows})) == (200, 200, 200)
+    names = open_collection(str(tmp_path / "packed")).class_names
+    assert all(r["key"].startswith(f"{names[r['label']]}.tar#") for r in rows)
+    train = rows_of(str(tmp_path / "packed"), "train")
+    assert 0.3 < np.mean([r["label"] for r in train[: len(train) // 2]]) < 0.7
+
+
+def test_a_plan_keeps_runs_of_a_tar_together_and_windows_within_their_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr("raycnn.packing.WINDOW_BYTES", 100 * 2**20)
+    slices = [Slice(f"k{i}", "a.tar", 0, "", i, 1, i * 2**20, 2**20, 0) for i in range(1000)]
+    config = make(PackConfig, {"src": "a", "dst": "b"})
+    planner = _Planner(config, TarCollection(open_store(str(tmp_path)), "", ()), tmp_path)
+    tasks = list(planner.tasks(iter(slices)))
+    assert sorted(s.first for task in tasks for s in task) == list(range(1000))
+    assert max(len(task) for task in tasks) <= 100
+    flat = [s.first for task in tasks for s in task]
+    assert flat != sorted(flat)
+    assert sum(b != a + 1 for a, b in itertools.pairwise(flat)) <= 1000 // 32 + 1
+    assert all({o.split for o in outputs} == {"train", "val", "test"} for outputs in planner.outputs)
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
 
 
 @pytest.mark.timeout(180)

@@ -46,6 +46,21 @@ def test_class_folders_give_sorted_class_names_and_keys_below_the_root(tmp_path)
     assert found[1].encoded == png(1)
 
 
+def test_a_readme_beside_class_folders_changes_nothing_but_an_image_does(tmp_path):
+    url = write(tmp_path, {"dog/1.png": png(1), "cat/2.png": png(2), "README.md": b"about"})
+    collection, found = samples(url)
+    assert collection.class_names == ("cat", "dog")
+    assert [(s.key, s.label) for s in found] == [("README.md", None), ("cat/2.png", 0), ("dog/1.png", 1)]
+    write(tmp_path, {"3.png": png(3)})
+    assert open_collection(url).class_names == ()
+
+
+def test_split_folders_beside_another_folder_are_refused_rather_than_taken_for_classes(tmp_path):
+    url = write(tmp_path, {"train/cat/1.png": png(1), "val/cat/2.png": png(2), "annotations/x.xml": b"<x/>"})
+    with pytest.raises(DataError, match="annotations beside them is none"):
+        open_collection(url)
+
+
 @pytest.mark.parametrize("word", ["val", "valid", "validation", "dev"])
 def test_split_folders_map_their_classes_by_name(tmp_path, word):
     files = {"train/cat/1.png": png(1), "train/dog/2.png": png(2), f"{word}/dog/3.png": png(3)}
@@ -84,6 +99,21 @@ def test_a_list_names_images_labels_and_splits(tmp_path, kind):
     assert found[2].bad is not None
     assert found[2].bad.status is Status.MISSING
     assert collection.splits == ("train", "val")
+
+
+def test_class_names_in_a_list_stay_as_they_are_spelled(tmp_path):
+    url = write(tmp_path, {"1": png(1), "2": png(2), "list.csv": b"path,label\n1,007\n2,NA\n"})
+    collection, found = samples(url)
+    assert collection.class_names == ("007", "NA")
+    assert [(s.key, s.label) for s in found] == [("1", 0), ("2", 1)]
+
+
+def test_a_parquet_list_of_paths_is_a_list_whatever_its_name(tmp_path):
+    url = write(tmp_path, {"x/a.png": png(1), "x/b.png": png(2)})
+    pq.write_table(pa.table({"image_path": ["x/b.png", "x/a.png"], "target": [3, 5]}), tmp_path / "train.parquet")
+    collection, found = samples(url)
+    assert (collection.layout, collection.splits) == ("list of paths", ("train",))
+    assert [(s.key, collection.class_names[s.label]) for s in found] == [("x/a.png", "5"), ("x/b.png", "3")]
 
 
 def test_a_path_that_a_list_names_twice_is_refused(tmp_path):

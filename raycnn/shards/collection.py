@@ -28,6 +28,8 @@ SPLIT_NAMES = {
 }
 """Folder and file names that mean a split."""
 
+IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+
 
 class Slice(NamedTuple):
     """A run of samples within one object, pinned to the version that was listed.
@@ -85,6 +87,10 @@ class Collection(ABC):
         """The split that the layout itself names for the slice, or None where it names none."""
         return None
 
+    def run_of(self, piece: Slice) -> str:
+        """Names the run of rows that is read in one go and holds the slice; such runs are what can be mixed."""
+        return f"{piece.path}#{piece.first}"
+
     def select(self, split: str, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         """The slices of one split, or of all."""
         if split != "all" and split not in self.splits:
@@ -108,6 +114,11 @@ class Collection(ABC):
 def is_hidden(path: str) -> bool:
     """Folder markers, and names of which any part starts with a dot or an underscore."""
     return path.endswith("/") or any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a name ends as those of images do. It tells images from what lies beside them, never what they are."""
+    return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def units(slices: Iterable[Slice]) -> Iterator[list[Slice]]:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from raycnn.config import MIB
 from raycnn.errors import DataError, ObjectChanged, ObjectMissing
 from raycnn.shards.collection import (
     SPLIT_NAMES,
@@ -25,14 +26,16 @@ from raycnn.shards.collection import (
     Collection,
     Sample,
     Slice,
+    is_image_name,
     natural_order,
 )
-from raycnn.shards.objects import LABEL_COLUMNS, ObjectCollection
+from raycnn.shards.objects import LABEL_COLUMNS, ObjectCollection, parquet_file
 from raycnn.storage import Entry, Store
 
 IMAGE_COLUMNS = ("image", "img", "bytes", "encoded", "jpg", "png")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-COALESCE_BYTES = 8 * 1024 * 1024
+RUN_BYTES = 32 * MIB
+"""What lies together in a tar and is mixed with other such runs as a whole."""
+COALESCE_BYTES = 8 * MIB
 """Tar members that lie together are fetched in ranges of up to this size."""
 
 
@@ -44,19 +47,19 @@ class ParquetCollection(Collection):
 
     _prefix = ""
 
-    def __init__(self, store: Store, reason: str) -> None:
-        """Look at the files' names and at one footer."""
+    def __init__(self, store: Store, reason: str, class_names: tuple[str, ...] | None = None) -> None:
+        """Look at the files' names and at one footer; with `class_names` the labels need not be looked through."""
         super().__init__(store)
         self.reason = reason
         files = [e for e in self.objects(Counter()) if e.path.endswith(".parquet")]
         if not files:
             raise DataError(f"{store.url}: no Parquet file with images")
-        schema = self._footer(files[0]).schema_arrow
+        schema = parquet_file(store, files[0].path, files[0].etag).schema_arrow
         self._image = _image_column(schema, files[0].path)
         self._label = next((c for c in LABEL_COLUMNS if c in schema.names), None)
         named = _hugging_face_names(schema, self._label) if self._label else ()
         self._by_position = bool(named)
-        self._name_classes(named or self._find_class_names(files))
+        self._name_classes(class_names if class_names is not None else named or self._find_class_names(files))
         found = {_split_in_name(entry.path) for entry in files}
         self.splits = tuple(s for s in SPLITS if s in found)
 
@@ -64,18 +67,12 @@ class ParquetCollection(Collection):
         self.class_names = names
         self._index = {name: i for i, name in enumerate(names)}
 
-    def _footer(self, entry: Entry) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.store.open(entry.path, if_match=entry.etag))
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{self.store.url}/{entry.path}: not a Parquet file: {_line(error)}") from None
-
     def _find_class_names(self, files: list[Entry]) -> tuple[str, ...]:
         if self._label is None:
             return ()
         found: set[str] = set()
         for entry in files:
-            table = self._footer(entry).read(columns=[self._label])
+            table = parquet_file(self.store, entry.path, entry.etag).read(columns=[self._label])
             found.update(str(value) for value in table[0].unique().to_pylist() if value is not None)
         return natural_order(found)
 
@@ -87,7 +84,7 @@ class ParquetCollection(Collection):
             if not entry.path.endswith(".parquet"):
                 skipped["not Parquet"] += 1
                 continue
-            metadata = self._footer(entry).metadata
+            metadata = parquet_file(self.store, entry.path, entry.etag).metadata
             first = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
@@ -131,24 +128,38 @@ class ParquetCollection(Collection):
 class TarCollection(ObjectCollection):
     """WebDataset tars: `name.jpg` with `name.cls` (an index or a name) or `name.json` ({"label": ...}).
 
-    Members are streamed or fetched by range, never extracted. Gzipped tars have no random access: each reader
-    streams them from their start.
+    Members are streamed or fetched by range, never extracted. A gzipped tar is streamed from its start by each of
+    its readers.
     """
 
-    def __init__(self, store: Store, reason: str, names: tuple[str, ...]) -> None:
-        """Read `classes.txt` (`names`) or, where there is none, the labels of all tars."""
+    random_access = False
+
+    def __init__(
+        self, store: Store, reason: str, names: tuple[str, ...], class_names: tuple[str, ...] | None = None
+    ) -> None:
+        """Take the names in `classes.txt` or, where there is none, look through the labels of all tars.
+
+        Args:
+            store: Where the tars are.
+            reason: What they were recognised by.
+            names: The lines of `classes.txt`; numbers in `.cls` files are indices of them.
+            class_names: What an earlier look has found, so that the tars need not be looked through again.
+        """
         super().__init__(store, "WebDataset tar", reason)
         tars = [e for e in self.objects(Counter()) if _is_tar(e.path)]
-        self.random_access = not any(e.path.endswith("gz") for e in tars)
         found = {_split_in_name(e.path) for e in tars}
         self.splits = tuple(s for s in SPLITS if s in found)
         self._names_by_index = names
-        labels = (m.label for e in tars for m in _members(self.store, e) if m.label) if not names else ()
-        self.class_names = names or natural_order(labels)
+        if class_names is None and not names:
+            names = natural_order(m.label for e in tars for m in _members(self.store, e) if m.label)
+        self.class_names = names if class_names is None else class_names
         self._index = {name: i for i, name in enumerate(self.class_names)}
 
     def split_of(self, piece: Slice) -> str | None:
         return _split_in_name(piece.path)
+
+    def run_of(self, piece: Slice) -> str:
+        return piece.path if piece.path.endswith("gz") else f"{piece.path}#{piece.offset // RUN_BYTES}"
 
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         for entry in self.objects(skipped, exclude):
@@ -185,7 +196,7 @@ class TarCollection(ObjectCollection):
     def _read_gzipped(self, path: str, etag: str, members: list[Slice]) -> Iterator[Sample]:
         wanted = {m.first: m for m in members}
         with tarfile.open(fileobj=self.store.stream(path, if_match=etag), mode="r|gz") as tar:
-            images = (m for m in tar if m.isreg() and _suffix(m.name) in IMAGE_SUFFIXES)
+            images = (m for m in tar if m.isreg() and is_image_name(m.name))
             for i, info in enumerate(images):
                 if (m := wanted.pop(i, None)) is not None:
                     file = tar.extractfile(info)
@@ -271,7 +282,7 @@ def _members(store: Store, entry: Entry) -> Iterator[_Member]:
             if _stem(info.name) != stem:
                 yield from (m._replace(label=label) for m in waiting)
                 waiting, label, stem = [], "", _stem(info.name)
-            if _suffix(info.name) in IMAGE_SUFFIXES:
+            if is_image_name(info.name):
                 waiting.append(_Member(_printable(info.name), info.offset_data, info.size, ""))
             elif _suffix(info.name) in ("cls", "json") and info.size < 65536:
                 file = tar.extractfile(info)

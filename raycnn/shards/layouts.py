@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from itertools import islice
 
 from raycnn.errors import DataError
-from raycnn.shards.collection import SPLIT_NAMES, Collection, is_hidden, natural_order
+from raycnn.shards.collection import SPLIT_NAMES, Collection, is_hidden, is_image_name, natural_order
 from raycnn.shards.containers import IdxCollection, ParquetCollection, TarCollection
-from raycnn.shards.objects import PATH_COLUMNS, ListCollection, ObjectCollection, read_table
+from raycnn.shards.objects import ListCollection, ObjectCollection, parquet_file, path_column, read_table
 from raycnn.shards.packed import MANIFEST, PackedCollection, is_manifest
 from raycnn.storage import Store, open_store
 
@@ -16,8 +16,13 @@ PEEK = 1000
 """Objects looked at below the top level before deciding."""
 
 
-def open_collection(url: str) -> Collection:
+def open_collection(url: str, class_names: tuple[str, ...] | None = None) -> Collection:
     """The collection under a URL.
+
+    Args:
+        url: A folder or s3:// prefix.
+        class_names: What an earlier look at the same collection has found, which spares a look through all labels;
+            nobody's names, `()`, where only the images matter.
 
     Raises:
         DataError: nothing is there, or what is there is ambiguous.
@@ -29,10 +34,10 @@ def open_collection(url: str) -> Collection:
     files = [f for f in files if not is_hidden(f)]
     if not folders and not files:
         raise DataError(f"{store.url}: no images there; check the path (an s3:// prefix is case-sensitive)")
-    for look in (_packed, _idx, _lists, _shards):
+    for look in (_packed, _idx, _lists):
         if (found := look(store, folders, files)) is not None:
             return found
-    return _folders(store, folders, files)
+    return _shards(store, files, class_names) or _folders(store, folders, files)
 
 
 def _packed(store: Store, folders: list[str], files: list[str]) -> Collection | None:
@@ -49,7 +54,9 @@ def _idx(store: Store, folders: list[str], files: list[str]) -> Collection | Non
 
 
 def _lists(store: Store, folders: list[str], files: list[str]) -> Collection | None:
-    lists = [f for f in files if f.endswith(LIST_SUFFIXES) or f == "metadata.parquet"]
+    lists = [f for f in files if f.endswith(LIST_SUFFIXES)]
+    tables = [f for f in files if f.endswith(".parquet")]
+    lists += tables if tables and _has_paths(store, tables[0]) else []
     for folder in folders:
         if folder in SPLIT_NAMES:
             _, inside = store.children(folder)
@@ -63,24 +70,30 @@ def _lists(store: Store, folders: list[str], files: list[str]) -> Collection | N
     return ListCollection(store, by_split, f"{', '.join(lists)} names the images")
 
 
-def _shards(store: Store, folders: list[str], files: list[str]) -> Collection | None:
+def _shards(store: Store, files: list[str], class_names: tuple[str, ...] | None) -> Collection | None:
     paths = _peek(store)
     if any(p.endswith(".parquet") for p in paths):
-        return ParquetCollection(store, "it has Parquet files with an image column")
+        return ParquetCollection(store, "it has Parquet files with an image column", class_names)
     if any(p.endswith((".tar", ".tar.gz", ".tgz")) for p in paths):
-        return TarCollection(store, "it has tar files", _class_names(store, files))
+        return TarCollection(store, "it has tar files", _class_names(store, files), class_names)
     return None
 
 
 def _folders(store: Store, folders: list[str], files: list[str]) -> Collection:
     splits = {f: SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES}
+    if "train" in splits.values() and len(splits) < len(folders):
+        other = next(f for f in folders if f not in splits)
+        raise DataError(
+            f"{store.url}: {', '.join(splits)} are splits, but {other} beside them is none; move it elsewhere"
+        )
     if splits and len(splits) == len(folders):
         if len(set(splits.values())) < len(splits):
             raise DataError(f"{store.url}: {', '.join(splits)} name one split twice; keep one folder for each split")
         names = natural_order(c for f in splits for c in store.children(f)[0] if not is_hidden(c))
         reason = f"its folders are named {', '.join(splits)}"
         return ObjectCollection(store, "split/class folders" if names else "split folders", reason, names, splits)
-    if folders and not files:
+    # A readme or a licence beside class folders does not make the folders mean nothing.
+    if folders and not any(is_image_name(f) or "." not in f for f in files):
         reason = f"it has {len(folders)} folders and no image beside them"
         return ObjectCollection(store, "class folders", reason, natural_order(folders))
     return ObjectCollection(store, "flat prefix", "images lie at its top level")
@@ -109,7 +122,10 @@ def parse_class_names(data: bytes, where: str) -> tuple[str, ...]:
 
 
 def _has_paths(store: Store, name: str) -> bool:
-    return any(column in PATH_COLUMNS for column in read_table(store, name).column_names)
+    """Whether a table names images, rather than holding them or being about something else."""
+    if name.endswith(".parquet"):
+        return path_column(parquet_file(store, name).schema_arrow) is not None
+    return path_column(read_table(store, name).schema) is not None
 
 
 def _split_word(path: str) -> str:

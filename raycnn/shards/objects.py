@@ -128,7 +128,7 @@ def _order(path: str) -> bytes:
 def _list_rows(store: Store, name: str) -> Iterator[tuple[str, str, str]]:
     """(path below the root, label or "", split or "") of each row of a list."""
     table = read_table(store, name)
-    column = next((c for c in PATH_COLUMNS if c in table.column_names), None)
+    column = path_column(table.schema)
     if column is None:
         raise DataError(f"{store.url}/{name}: no path column; name one of its columns {table.column_names} `path`")
     paths = table[column].cast(pa.string()).to_pylist()
@@ -156,6 +156,27 @@ def _below_root(store: Store, folder: str, path: str | None, name: str) -> str:
     return f"{folder}/{path}" if folder else path.removeprefix("./")
 
 
+def path_column(schema: pa.Schema) -> str | None:
+    """The column that names images; one of that name which holds them is none."""
+
+    def is_text(kind: pa.DataType) -> bool:
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    return next((c for c in PATH_COLUMNS if c in schema.names and is_text(schema.field(c).type)), None)
+
+
+def parquet_file(store: Store, path: str, etag: str | None = None) -> pq.ParquetFile:
+    """A Parquet file of which only the footer has been read.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return pq.ParquetFile(store.open(path, if_match=etag))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{store.url}/{path}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+
+
 def read_table(store: Store, name: str) -> pa.Table:
     """A list as an Arrow table.
 
@@ -168,7 +189,13 @@ def read_table(store: Store, name: str) -> pa.Table:
             return pq.read_table(source)
         if name.endswith(".jsonl"):
             return pyarrow.json.read_json(source)
-        delimiter = "\t" if name.endswith(".tsv") else ","
-        return pyarrow.csv.read_csv(source, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter))
+        return pyarrow.csv.read_csv(
+            source,
+            parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if name.endswith(".tsv") else ","),
+            # As they stand there: 007 is not 7.
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys((*PATH_COLUMNS, *LABEL_COLUMNS), pa.string())
+            ),
+        )
     except pa.ArrowInvalid as error:
         raise DataError(f"{store.url}/{name}: cannot be read as a list: {str(error).splitlines()[0]}") from None
