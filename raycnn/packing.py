@@ -8,7 +8,6 @@ in sequence are mixed in windows, each of random row groups, spilled to disk and
 import hashlib
 import io
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -39,7 +38,7 @@ from raycnn.shards import (
     summarise,
     write_shard,
 )
-from raycnn.storage import Store, contains, open_store
+from raycnn.storage import Store, contains, open_store, scratch_folder
 
 WORK = "_pack"
 BUCKETS = 64
@@ -112,8 +111,8 @@ def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
     collection = open_collection(config.src)
     say({"kind": "note", "text": f"{config.src}: {collection.layout}, because {collection.reason}"})
     skipped: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="raycnn-pack-") as scratch:
-        planned = _Planner(config, collection, Path(scratch))
+    with scratch_folder() as scratch:
+        planned = _Planner(config, collection, scratch)
         about: dict[str, Any] = {"class_names": list(collection.class_names), "layout": collection.layout}
         tasks = planned.tasks(collection.slices(skipped, config.exclude))
         plan = ledger.plan(0, tasks, selection, settings, skipped, about | {"outputs": planned.outputs})
@@ -284,12 +283,12 @@ class Packer:
         self._seen = _Seen()
         slices = self._ledger.slices(ref)
         samples = self._collection.read(slices)
-        with tempfile.TemporaryDirectory(prefix="raycnn-pack-") as scratch:
+        with scratch_folder() as scratch:
             if self._collection.random_access:
                 parts = [(outputs[0].split, outputs[0].first, samples)]
             else:
-                parts = self._spill(samples, self._collection.split_of(slices[0]), outputs, Path(scratch))
-            shards = [self._shard(Path(scratch), split, index, rows) for split, index, rows in parts]
+                parts = self._spill(samples, self._collection.split_of(slices[0]), outputs, scratch)
+            shards = [self._shard(scratch, split, index, rows) for split, index, rows in parts]
         self._ledger.store.put(f"hashes/{ref.name}.parquet", self._seen.hashes())
         record = {"shards": shards, "images": self._seen.images(), "bad": self._seen.bad}
         self._ledger.commit(ref, json.dumps(record).encode())

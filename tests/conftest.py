@@ -36,7 +36,6 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
 
     from raycnn import data
 
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     data.connect()
     yield

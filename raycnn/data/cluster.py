@@ -29,7 +29,6 @@ def connect() -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -42,14 +41,14 @@ def connect() -> None:
 
 
 def _quiet() -> None:
-    """One progress line of our own, instead of Ray Data's bars and banners."""
+    """One progress line of our own, instead of Ray Data's bars and banners; what fails is raised, and told once."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def resources() -> tuple[Resources, Resources]:

@@ -14,13 +14,13 @@ from urllib.parse import unquote, urlsplit
 from raycnn.config import nearest
 from raycnn.errors import ConfigError
 from raycnn.storage.base import Entry, Store
-from raycnn.storage.local import LocalStore
+from raycnn.storage.local import LocalStore, scratch_folder
 from raycnn.storage.s3 import S3Store
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Entry", "Store", "contains", "fsspec_filesystem", "open_store"]
+__all__ = ["Entry", "Store", "contains", "fsspec_filesystem", "open_store", "scratch_folder"]
 
 _OPTIONS = ("anonymous", "requester_pays")
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -223,6 +224,25 @@ class LocalStore(Store):
         if path.startswith("/") or "\0" in path or ".." in path.split("/"):
             raise StorageError(f"{self.url}: {path!r} is no path below this folder; correct it where it is named")
         return os.path.join(self.url, path)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder on this machine's disk, gone at the end.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="raycnn-") as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise StorageError(
+                    f"disk full: cannot write to the temporary folder {folder} ({error.strerror}); "
+                    "free some space, or set TMPDIR to a larger disk"
+                ) from None
+            raise
 
 
 def _etag(found: os.stat_result) -> str:
