@@ -1,6 +1,9 @@
 """Measure what a claim about speed rests on, and leave the figures in a JSON file.
 
 python jobs/bench.py images [FOLDER_OF_JPEGS] [--json jobs/results/images.json]
+python jobs/bench.py storage [--json jobs/results/storage.json]
+
+`storage` starts an S3 server of its own on this machine and compares the clients that could have been used.
 """
 
 import argparse
@@ -18,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS = 9
+OBJECT_BYTES = 64 * 1024 * 1024
+KEYS = 4096
+RACERS = 16
 
 
 def images(folder: str | None) -> dict[str, Any]:
@@ -107,14 +113,77 @@ def _ratio(rates: Mapping[str, list[float]], of: str, to: str) -> float:
     return round(statistics.median(one / other for one, other in zip(rates[of], rates[to], strict=True)), 3)
 
 
-BENCHMARKS: dict[str, Callable[[str | None], dict[str, Any]]] = {"images": images}
+def storage(_: str | None) -> dict[str, Any]:
+    """One local S3 server: reading one large object, listing many keys, and creating one key in a race."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import obstore
+    import pyarrow.fs
+
+    from raycnn.s3local import S3Server
+    from raycnn.storage import fsspec_filesystem, open_store
+
+    with S3Server() as server:
+        os.environ.update(server.environment())
+        server.create_bucket("bench")
+        store = open_store("s3://bench/bench")
+        store.put("large", os.urandom(OBJECT_BYTES))
+        with ThreadPoolExecutor(RACERS) as pool:
+            list(pool.map(lambda i: store.put(f"keys/{i % 7}/{i:06d}.jpg", b"x"), range(KEYS)))
+            races = [sum(pool.map(lambda _, r=r: store.create(f"race/{r}", b"x"), range(RACERS))) for r in range(60)]
+        bare = obstore.store.S3Store(
+            "bench", endpoint=server.endpoint, client_options={"allow_http": True}, virtual_hosted_style_request=False
+        )
+        arrow = pyarrow.fs.S3FileSystem(
+            access_key=server.access_key, secret_key=server.secret_key, endpoint_override=server.endpoint
+        )
+        s3fs, _ = fsspec_filesystem("s3://bench/bench")
+        below = pyarrow.fs.FileSelector("bench/bench/keys", recursive=True)
+        reads = _durations(
+            {
+                "raycnn.storage": lambda: store.get("large"),
+                "pyarrow": lambda: arrow.open_input_file("bench/bench/large").read(),
+                "s3fs": lambda: s3fs.cat_file("bench/bench/large"),
+            }
+        )
+        lists = _durations(
+            {
+                "raycnn.storage": lambda: list(store.list("keys/")),
+                "obstore": lambda: [e for page in bare.list("bench/keys/") for e in page],
+                "pyarrow, without ETags": lambda: arrow.get_file_info(below),
+                "s3fs": lambda: s3fs.find("bench/bench/keys", detail=True),
+            }
+        )
+    megabytes = OBJECT_BYTES / 1e6
+    return {
+        "object_bytes": OBJECT_BYTES,
+        "keys": KEYS,
+        "read_mb_per_s": {name: round(megabytes / statistics.median(taken), 1) for name, taken in reads.items()},
+        "list_keys_per_s": {name: round(KEYS / statistics.median(taken)) for name, taken in lists.items()},
+        "races": {"creators": RACERS, "rounds": len(races), "rounds_with_one_winner": races.count(1)},
+        "samples_s": {"read": reads, "list": lists},
+    }
+
+
+def _durations(tasks: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each call, task after task in turn; the first round warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(ROUNDS + 1):
+        for name, call in tasks.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(round(time.perf_counter() - start, 4))
+    return {name: times[1:] for name, times in taken.items()}
+
+
+BENCHMARKS: dict[str, Callable[[str | None], dict[str, Any]]] = {"images": images, "storage": storage}
 
 
 def _where() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    packages = ("raycnn", "numpy", "pillow", "simplejpeg", "torch", "torchvision")
+    packages = ("raycnn", "numpy", "pillow", "simplejpeg", "torch", "torchvision", "obstore", "pyarrow", "s3fs")
     return {
         "cpu": cpu or platform.processor(),
         "cores": os.cpu_count(),

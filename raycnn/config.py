@@ -10,9 +10,9 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raycnn.errors import ConfigError
 
@@ -20,6 +20,15 @@ MIB = 1024 * 1024
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute, because Ray's workers may stand in another folder; a URL as it is."""
+    return os.path.abspath(os.path.expanduser(url)) if url and "://" not in url else url
+
+
+Url = Annotated[str, AfterValidator(absolute)]
+"""A local path, or s3://bucket/prefix."""
 
 
 class _Frozen(BaseModel):
@@ -72,10 +81,10 @@ class PackConfig(VerbConfig):
     verb: ClassVar[str] = "pack"
     positional: ClassVar[tuple[str, ...]] = ("src", "dst")
 
-    src: str
+    src: Url
     """Images: a folder or s3:// prefix of any known layout (class folders, split/class folders, CSV, JSONL or
     Parquet lists, Hugging Face Parquet, WebDataset tars, IDX files, or a flat prefix)."""
-    dst: str
+    dst: Url
     """Where the packed data set goes: a folder or s3:// prefix."""
     val: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes the validation split, where the source does not name one."""
@@ -101,9 +110,9 @@ class TrainConfig(VerbConfig):
     verb: ClassVar[str] = "train"
     positional: ClassVar[tuple[str, ...]] = ("data", "run")
 
-    data: str
+    data: Url
     """A packed data set, or any layout that `raycnn pack` reads."""
-    run: str
+    run: Url
     """The run folder: bundle, checkpoints, metrics. The same command again resumes it."""
     model: str = "classic"
     """`classic`, a torchvision classification model, or `timm/NAME`."""
@@ -145,9 +154,9 @@ class EvaluateConfig(VerbConfig):
     verb: ClassVar[str] = "evaluate"
     positional: ClassVar[tuple[str, ...]] = ("bundle", "data")
 
-    bundle: str
+    bundle: Url
     """The bundle to evaluate."""
-    data: str
+    data: Url
     """A packed data set, or any labelled layout."""
     split: str = "auto"
     """train, val, test or all; auto: test if there is one, else val, else all."""
@@ -161,11 +170,11 @@ class LabelConfig(VerbConfig):
     verb: ClassVar[str] = "label"
     positional: ClassVar[tuple[str, ...]] = ("data", "out")
 
-    data: str
+    data: Url
     """Images: a packed data set, or any layout that `raycnn pack` reads."""
-    out: str
+    out: Url
     """Where the labels go: a folder or s3:// prefix. The same command again resumes, or finds nothing to do."""
-    bundle: str
+    bundle: Url
     """The bundle that predicts."""
     split: str = "all"
     """train, val, test or all."""
@@ -185,7 +194,7 @@ class VerifyConfig(VerbConfig):
     verb: ClassVar[str] = "verify"
     positional: ClassVar[tuple[str, ...]] = ("out",)
 
-    out: str
+    out: Url
     """The output of `raycnn label`."""
     deep: bool = False
     """List the inputs again and compare them with the plan, too."""
@@ -224,7 +233,7 @@ class ImportConfig(VerbConfig):
 
     model: str
     """`classic`, a torchvision classification model, or `timm/NAME`."""
-    dst: str
+    dst: Url
     """Where the bundle goes."""
     weights: str
     """A .safetensors file, a state dict, or a torchvision weights name such as DEFAULT."""

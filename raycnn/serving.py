@@ -28,7 +28,7 @@ from ray import serve as ray_serve
 
 from raycnn import bundle as bundles
 from raycnn import data
-from raycnn.config import Limits, ServeConfig
+from raycnn.config import Limits, ServeConfig, absolute
 from raycnn.errors import Bad, ConfigError, Status
 from raycnn.images import Pixels
 from raycnn.predictor import Predictor
@@ -220,6 +220,7 @@ def named_bundles(arguments: tuple[str, ...]) -> dict[str, str]:
     found: dict[str, str] = {}
     for argument in arguments:
         name, _, url = argument.rpartition("=")
+        url = absolute(url)
         name = name or url.rstrip("/").rpartition("/")[2]
         if name in found:
             raise ConfigError(f"two bundles are named {name!r}; give them names: --bundle NAME={url}")

@@ -18,7 +18,7 @@ from PIL import Image
 
 import raycnn
 from raycnn import bundle as bundles
-from raycnn.config import ImageSpec, ServeConfig, make
+from raycnn.config import ImageSpec, ServeConfig, absolute, make
 from raycnn.errors import Bad, BundleError, ConfigError
 from raycnn.models import build
 from raycnn.predictor import Predictor
@@ -193,7 +193,7 @@ def test_the_endpoint_says_how_it_is_and_refuses_what_it_cannot_take(endpoint):
 
 
 def test_bundles_are_named_by_their_argument_or_their_folder():
-    assert named_bundles(("a/b/", "x=c/d")) == {"b": "a/b/", "x": "c/d"}
+    assert named_bundles(("a/b/", "x=c/d")) == {"b": absolute("a/b"), "x": absolute("c/d")}
     with pytest.raises(ConfigError, match="two bundles are named 'b'"):
         named_bundles(("a/b", "c/b"))
 

@@ -16,7 +16,17 @@ from torch.overrides import TorchFunctionMode
 
 from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from raycnn.errors import BundleError, ConfigError
-from raycnn.models.architectures import CLASSIC, TIMM, architectures, first_conv, head, network, timm_spec, wrong_size
+from raycnn.models.architectures import (
+    CLASSIC,
+    TIMM,
+    architectures,
+    check_name,
+    first_conv,
+    head,
+    network,
+    timm_spec,
+    wrong_size,
+)
 from raycnn.models.weights import (
     Published,
     is_published_name,
@@ -24,11 +34,33 @@ from raycnn.models.weights import (
     parse_weights,
     published,
     read_file,
+    require_file,
 )
 
-__all__ = ["CLASSIC", "GRAY_MEAN", "GRAY_STD", "TIMM", "Classifier", "Published", "architectures", "blank", "build"]
-__all__ += ["channels_in", "count_parameters", "feature_maps", "fill", "first_filters", "is_published_name"]
-__all__ += ["load_weights", "parse_weights", "published", "read_file", "timm_spec"]
+__all__ = [
+    "CLASSIC",
+    "GRAY_MEAN",
+    "GRAY_STD",
+    "TIMM",
+    "Classifier",
+    "Published",
+    "architectures",
+    "blank",
+    "build",
+    "channels_in",
+    "check_name",
+    "count_parameters",
+    "feature_maps",
+    "fill",
+    "first_filters",
+    "is_published_name",
+    "load_weights",
+    "parse_weights",
+    "published",
+    "read_file",
+    "require_file",
+    "timm_spec",
+]
 
 GRAY_MEAN, GRAY_STD = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
 """ImageNet's, averaged over red, green and blue."""

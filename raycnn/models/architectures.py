@@ -139,6 +139,14 @@ def import_timm() -> Any:
     return timm
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError, with the nearest name, where no architecture has this one."""
+    if name.startswith(TIMM):
+        checked_timm(import_timm(), name)
+    elif name != CLASSIC:
+        checked(name)
+
+
 def checked_timm(timm: Any, name: str) -> str:
     """The name that timm knows an architecture by."""
     model = name.removeprefix(TIMM)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raycnn.config import ImageSpec, nearest
-from raycnn.errors import BundleError, ConfigError, StorageError
+from raycnn.config import ImageSpec, absolute, nearest
+from raycnn.errors import BundleError, ConfigError, ObjectMissing, StorageError
 from raycnn.models.architectures import CLASSIC, TIMM, checked, checked_timm, import_timm
-from raycnn.storage import open_store
+from raycnn.storage import Store, open_store
 
 # What torch.load raises for files that are no state dict: seen with 30,000 mutated ones.
 _UNREADABLE = (
@@ -102,10 +102,28 @@ def read_weights(url: str) -> dict[str, Tensor]:
 
 def read_file(url: str) -> bytes:
     """The bytes of one file, local or s3://."""
-    path, mark, options = url.partition("?")
+    store, leaf = _place(url)
+    return store.get(leaf)
+
+
+def require_file(url: str) -> str:
+    """The URL, a local path made absolute, of one file that exists.
+
+    Raises:
+        ObjectMissing: it does not.
+        StorageError: the store cannot be asked.
+    """
+    store, leaf = _place(url)
+    if store.head(leaf) is None:
+        raise ObjectMissing(f"{store.address(leaf)}: does not exist; check the path")
+    return absolute(url)
+
+
+def _place(url: str) -> tuple[Store, str]:
+    """The store that holds a file, and the file's path there."""
+    path, mark, options = absolute(url).partition("?")
     folder, _, leaf = path.rpartition("/")
-    folder = folder or ("/" if path.startswith("/") else ".")
-    return open_store(folder + mark + options).get(leaf)
+    return open_store((folder or "/") + mark + options), leaf
 
 
 def parse_weights(data: bytes, source: str) -> dict[str, Tensor]:

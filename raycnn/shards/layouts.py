@@ -94,7 +94,7 @@ def _folders(store: Store, folders: list[str], files: list[str]) -> Collection:
         return ObjectCollection(store, "split/class folders" if names else "split folders", reason, names, splits)
     # A readme or a licence beside class folders does not make the folders mean nothing.
     if folders and not any(is_image_name(f) or "." not in f for f in files):
-        reason = f"it has {len(folders)} folders and no image beside them"
+        reason = f"no image lies beside its {len(folders)} folder{'s' if len(folders) > 1 else ''}"
         return ObjectCollection(store, "class folders", reason, natural_order(folders))
     return ObjectCollection(store, "flat prefix", "images lie at its top level")
 
