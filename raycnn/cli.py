@@ -118,7 +118,7 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
         settings = config.make(verb.schema, values | config.from_environment(verb.schema) | flags)
         out = sys.stdout
         with redirect_stdout(sys.stderr if as_json else out):
-            report = _call(verb.load(), settings)
+            report = _call(verb, settings)
         _print_report(report, as_json, out)
         error = getattr(report, "error", None)
         return _complain(error) if isinstance(error, RaycnnError) else 0
@@ -128,12 +128,14 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
     return command
 
 
-def _call(function: Callable[..., Any], settings: VerbConfig) -> Any:
+def _call(verb: Verb, settings: VerbConfig) -> Any:
     """The verb's report; a verb that tells how far it is gets a line on standard error for it."""
-    if "progress" not in inspect.signature(function).parameters:
-        return function(settings)
     from raycnn.reporting import ProgressLine
 
+    with ProgressLine():  # importing torch and Ray takes seconds
+        function = verb.load()
+    if "progress" not in inspect.signature(function).parameters:
+        return function(settings)
     with ProgressLine() as progress:
         return function(settings, progress=progress)
 
@@ -175,7 +177,9 @@ def _flag(field: str) -> str:
 
 def _print_report(report: Any, as_json: bool, out: TextIO) -> None:
     plain = _plain(report) if report is not None else {}
-    for line in [json.dumps(plain, allow_nan=False)] if as_json else _readable(plain):
+    own = getattr(report, "readable", None)
+    told = own() if own else _readable(plain)
+    for line in [json.dumps(plain, allow_nan=False)] if as_json else told:
         print(line, file=out, flush=True)
 
 

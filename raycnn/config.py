@@ -136,7 +136,7 @@ class TrainConfig(VerbConfig):
     """Share of the target that is spread over all classes."""
     crop_scale: float = Field(default=0.8, gt=0, le=1)
     """Smallest share of an image that a random training box covers; 1 trains on the same box as evaluation."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Decides initial weights, order and augmentation."""
     num_workers: int = Field(default=1, ge=1)
     """Training workers; one per GPU in production."""

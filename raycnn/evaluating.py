@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> E
     pieces = list(units(collection.select(split, Counter(), config.exclude)))
     if not pieces:
         raise DataError(f"{config.data}: no images in split {split}")
-    data.connect()
+    data.connect(say)
     now, limit = data.resources()
     plan = data.plan_units("evaluate", now, limit, len(pieces), use_gpu=limit.gpus >= 1)
     items = [{"slices": [list(s) for s in unit]} for unit in pieces]
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> E
         "device": "cuda" if plan.gpus else "cpu",
     }
     metrics, status, unlabelled, done = Metrics(len(bundle.class_names)), Counter[str](), 0, 0
-    for result in data.map_units(Evaluator, items, plan, arguments):
+    for result in data.map_units(Evaluator, items, plan, arguments, say):
         metrics.merge(Metrics.from_vector(_dense(result["counts"]), len(bundle.class_names)))
         status.update(result["status"])
         unlabelled += result["unlabelled"]

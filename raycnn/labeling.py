@@ -157,7 +157,7 @@ class _LabelRun:
     def _label(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
         if not pending:
             return
-        data.connect()
+        data.connect(self._say)
         now, limit = data.resources()
         workers = data.plan_units("label", now, limit, len(pending), use_gpu=limit.gpus >= 1)
         arguments = {
@@ -168,7 +168,7 @@ class _LabelRun:
         }
         done, total = plan.rows - sum(r.rows for r in pending), plan.rows
         bad: Counter[str] = Counter()
-        for result in data.map_units(Labeler, [r._asdict() for r in pending], workers, arguments):
+        for result in data.map_units(Labeler, [r._asdict() for r in pending], workers, arguments, self._say):
             done += result["rows"]
             bad.update({k: v for k, v in result["status"].items() if k != Status.OK})
             text = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))

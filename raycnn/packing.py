@@ -246,7 +246,7 @@ def _cut(slices: Iterable[Slice], limit: int) -> Iterator[list[Slice]]:
 
 
 def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[UnitRef], say: data.Progress) -> None:
-    data.connect()
+    data.connect(say)
     now, limit = data.resources()
     workers = data.plan_units("pack", now, limit, len(pending))
     outputs, totals = plan.content["outputs"], Counter[str]()
@@ -260,7 +260,7 @@ def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[
     }
     done = plan.rows - sum(r.rows for r in pending)
     bad: Counter[str] = Counter()
-    for result in data.map_units(Packer, items, workers, arguments):
+    for result in data.map_units(Packer, items, workers, arguments, say):
         done += result["rows"]
         bad.update(result["bad"])
         text = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))

@@ -19,7 +19,7 @@ def visited(groups: list[Slice], seed: int, epoch: int, batch_size: int, lanes: 
     for rank in range(workers):
         owned = [lane for lane in range(lanes) if lane % workers == rank]
         waiting: dict[int, list[tuple[int, int]]] = {lane: [] for lane in owned}
-        pieces = iter(epoch_pieces(groups, seed, epoch, batch_size, lanes, owned))
+        pieces = iter(epoch_pieces(groups, seed, epoch, batch_size, lanes, owned, max_rows=10 * workers + 7))
         for step, seen in enumerate(steps):
             for lane, count in step_counts(rows, batch_size, lanes, owned, step):
                 while len(waiting[lane]) < count:

@@ -1,7 +1,7 @@
 """Ray Data pipelines, the connection to Ray, and the CPU budget that keeps both from starving."""
 
 from raycnn.data.board import Board, Progress
-from raycnn.data.budget import Resources, TrainPlan, UnitPlan, plan_training, plan_units
+from raycnn.data.budget import Node, Resources, TrainPlan, UnitPlan, plan_training, plan_units
 from raycnn.data.cluster import connect, resources, user_errors
 from raycnn.data.feed import FeedBatch, LaneBuffers, decode_piece, join, row_ranges
 from raycnn.data.pipelines import map_units, stream
@@ -10,6 +10,7 @@ __all__ = [
     "Board",
     "FeedBatch",
     "LaneBuffers",
+    "Node",
     "Progress",
     "Resources",
     "TrainPlan",

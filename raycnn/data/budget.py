@@ -1,7 +1,8 @@
 """How pipelines share CPUs and GPUs, so that nothing waits for a CPU that never comes free.
 
 Ray Data waits without a word where actors or training workers reserve all CPUs and the tasks that feed them find
-none. Every verb asks here for its shares; a plan that cannot run is refused with the arithmetic.
+none. Every verb asks here for its shares; a plan that cannot run is refused with the arithmetic. What is reserved
+has to fit on single nodes: 2 nodes of 2 CPUs do not run a worker of 3.
 """
 
 import math
@@ -12,12 +13,38 @@ from raycnn.errors import ConfigError
 MIN_RANK_CPUS = 0.25
 """Below this share of a CPU a training worker and its decoding make no progress worth the name."""
 
+MAX_TASKS = 64
+"""Decode tasks for one training worker, however many CPUs an autoscaler could add."""
 
-class Resources(NamedTuple):
-    """CPUs and GPUs of a cluster: those that it has now, or can have when its autoscaler has added nodes."""
+
+class Node(NamedTuple):
+    """What one machine of a cluster offers."""
 
     cpus: float
     gpus: float = 0.0
+
+
+class Resources(NamedTuple):
+    """The nodes of a cluster: those that it has now, or can have when its autoscaler has added some."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+    def room(self, cpus: float, gpus: float = 0.0) -> int:
+        """How many workers of this size fit, each on one node; in whatever order they are placed."""
+        return sum(
+            min(_times(node.cpus, cpus), _times(node.gpus, gpus) if gpus else _times(node.cpus, cpus))
+            for node in self.nodes
+        )
 
 
 class UnitPlan(NamedTuple):
@@ -40,7 +67,7 @@ class TrainPlan(NamedTuple):
 
 
 def plan_units(verb: str, now: Resources, limit: Resources, units: int, use_gpu: bool = False) -> UnitPlan:
-    """One worker per CPU, or per GPU with its share of the CPUs, and never more than there are units.
+    """One worker per CPU, or per GPU with its share of the node's CPUs, and never more than there are units.
 
     Workers reserve all that they use, and there are no other tasks in such a pipeline, so nothing waits for a
     CPU that never comes free.
@@ -48,51 +75,72 @@ def plan_units(verb: str, now: Resources, limit: Resources, units: int, use_gpu:
     Raises:
         ConfigError: the cluster cannot run a single worker; with the arithmetic.
     """
-    if limit.cpus < 1:
+    cpus, gpus = 1.0, 0.0
+    shares = [node.cpus // node.gpus for node in limit.nodes if node.gpus >= 1 and node.cpus >= 1]
+    if use_gpu and shares:
+        cpus, gpus = max(1.0, min(shares)), 1.0
+    if not (room := limit.room(cpus, gpus)):
         raise ConfigError(
-            f"{verb}: a worker needs 1 CPU, the cluster has {limit.cpus:g}: "
+            f"{verb}: a worker needs 1 CPU on one node, and the cluster has {_described(limit)}: "
             "start Ray with --num-cpus=1 or more, or add a worker node"
         )
-    if use_gpu and limit.gpus >= 1:
-        count = max(1, min(int(limit.gpus), units))
-        cpus = max(1.0, math.floor(limit.cpus / int(limit.gpus)))
-        return UnitPlan(count, max(1, min(count, int(now.gpus))), min(cpus, limit.cpus), 1)
-    count = max(1, min(int(limit.cpus), units))
-    return UnitPlan(count, max(1, min(count, int(now.cpus))), 1, 0)
+    workers = max(1, min(room, units))
+    return UnitPlan(workers, max(1, min(workers, now.room(cpus, gpus))), cpus, gpus)
 
 
 def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPlan:
     """Each training worker gets an equal share of the CPUs, of which its decode tasks get a part that is its own.
 
-    On CPUs the share is halved between training and decoding; beside a GPU one CPU drives it and the rest
-    decode. Fractions are used where there are fewer CPUs than parts, so that 1 CPU runs 2 workers.
+    On CPUs half a share trains, though never more than half a node, and the rest decodes; beside a GPU one CPU
+    drives it. Where that leaves less than one CPU for each, workers and tasks all get the same fraction, so that
+    1 CPU runs 2 workers.
 
     Raises:
         ConfigError: too few CPUs or GPUs; with the arithmetic.
     """
-    share = limit.cpus / num_workers
-    if share < MIN_RANK_CPUS:
-        raise ConfigError(
-            f"train: {num_workers} workers share {limit.cpus:g} CPUs, {share:.2g} each, and need {MIN_RANK_CPUS} "
-            f"each: use --num-workers {max(1, int(limit.cpus / MIN_RANK_CPUS))} or fewer"
-        )
+    gpus = 1.0 if use_gpu else 0.0
     if use_gpu and limit.gpus < num_workers:
         raise ConfigError(
             f"train: {num_workers} workers need 1 GPU each, the cluster has {limit.gpus:g}: "
             f"use --num-workers {max(1, int(limit.gpus))} or --device cpu"
         )
-    worker = min(1.0, share / 2) if use_gpu else share / 2
-    rest = share - worker
-    tasks = max(1, int(rest))
-    return TrainPlan(
-        worker_cpus=_hundredths(worker),
-        worker_gpus=1.0 if use_gpu else 0.0,
-        tasks=tasks,
-        task_cpus=_hundredths(min(1.0, rest / tasks)),
-        threads=max(1, int(share)),
+    largest = max((node.cpus for node in limit.nodes), default=0.0)
+    share = min(limit.cpus / num_workers, largest)
+    threads = max(1, int(share))
+    for cpus in [1] if use_gpu else range(int(share / 2), 0, -1):
+        # Whole CPUs: whatever node Ray puts a worker on, what is left is whole CPUs again.
+        tasks = (limit.room(1) - num_workers * cpus) // num_workers
+        if limit.room(cpus, gpus) >= num_workers and tasks >= 1:
+            return TrainPlan(cpus, gpus, min(tasks, MAX_TASKS), 1, threads)
+    for hundredths in range(100, int(MIN_RANK_CPUS * 50) - 1, -1):
+        # One fraction for all of them: however Ray mixes them, a node always has room for the same number.
+        cpus = hundredths / 100
+        if limit.room(cpus, gpus) >= num_workers and limit.room(cpus) >= 2 * num_workers:
+            return TrainPlan(cpus, gpus, 1, cpus, threads)
+    raise _too_few(num_workers, limit, gpus)
+
+
+def _too_few(num_workers: int, limit: Resources, gpus: float) -> ConfigError:
+    least = int(MIN_RANK_CPUS * 50) / 100
+    most = min(limit.room(least) // 2, limit.room(least, gpus))
+    remedy = f"use --num-workers {most} or fewer" if most else "start Ray with more CPUs, or add a worker node"
+    beside = ", on a node with a GPU," if gpus else ""
+    return ConfigError(
+        f"train: {num_workers} workers{beside} share {_described(limit)}, "
+        f"{limit.cpus / num_workers:.2g} CPUs each, and need {MIN_RANK_CPUS} each with their decoding: {remedy}"
     )
 
 
-def _hundredths(cpus: float) -> float:
-    """Rounded down, so that the sum of the parts never exceeds the whole."""
-    return math.floor(cpus * 100) / 100
+def _described(resources: Resources) -> str:
+    """`3 CPUs`, or `4 CPUs (nodes of 2 and 2)`."""
+    sizes = [f"{node.cpus:g}" for node in sorted(resources.nodes, reverse=True) if node.cpus or node.gpus]
+    total = f"{resources.cpus:g} CPU{'' if resources.cpus == 1 else 's'}"
+    if len(sizes) < 2:
+        return total
+    listed = ", ".join(sizes) if len(sizes) <= 8 else f"{sizes[0]} down to {sizes[-1]}"
+    return f"{total} (nodes of {listed})"
+
+
+def _times(whole: float, part: float) -> int:
+    """How often a part fits; a hair more than the whole still does, since 0.3 is three times 0.1 for Ray."""
+    return math.floor(whole / part + 1e-6)

@@ -29,20 +29,14 @@ class FeedBatch(NamedTuple):
     failures: list[Bad]
 
 
-def row_ranges(groups: Sequence[Slice], low: int, high: int) -> list[dict[str, Any]]:
-    """The rows [low, high) of the groups laid end to end, as items for `decode_piece`."""
+def row_ranges(groups: Sequence[Slice], low: int, high: int, max_rows: int) -> list[dict[str, Any]]:
+    """The rows [low, high) of the groups laid end to end, as items of at most `max_rows` for `decode_piece`."""
     items, position = [], 0
     for index, group in enumerate(groups):
         start, stop = max(low, position), min(high, position + group.rows)
-        if start < stop:
-            place = {
-                "epoch": -1,
-                "lane": 0,
-                "group": index,
-                "ordinal": max(low, position),
-                "slice": list(group),
-            }
-            items.append(place | {"start": start - position, "stop": stop - position})
+        for at in range(start, stop, max_rows):
+            place = {"epoch": -1, "lane": 0, "group": index, "ordinal": at, "slice": list(group)}
+            items.append(place | {"start": at - position, "stop": min(at + max_rows, stop) - position})
         position += group.rows
     return items
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from raycnn.data.board import Progress, Waiting
 from raycnn.data.budget import TrainPlan, UnitPlan
 from raycnn.data.cluster import user_errors
 
@@ -29,6 +30,7 @@ def map_units(
     items: Sequence[dict[str, Any]],
     plan: UnitPlan,
     arguments: dict[str, Any],
+    say: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Work on each item on one of the plan's workers; yield the results as they come.
 
@@ -40,6 +42,7 @@ def map_units(
         items: JSON-able.
         plan: from `plan_units`.
         arguments: JSON-able constructor arguments.
+        say: is told when nothing comes for want of CPUs or GPUs.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -63,8 +66,9 @@ def map_units(
             compute=TaskPoolStrategy(size=plan.workers),
             **options,
         )
-    with user_errors():
+    with user_errors(), Waiting(say) as waiting:
         for row in mapped.iter_rows():
+            waiting.moved()
             yield json.loads(row["result"])
 
 

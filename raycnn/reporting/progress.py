@@ -1,5 +1,6 @@
 """One line that says how far a verb is, how fast, and how long it will still take."""
 
+import math
 import sys
 import threading
 import time
@@ -16,23 +17,38 @@ from rich.text import Text
 
 WINDOW_S = 30.0
 """Speed is measured over the images of this many last seconds, or of two reports where they come slower."""
+BURST_S = 0.5
+"""Reports that come this close together count as one: workers that started together also finish together."""
 PLAIN_EVERY_S = 30.0
 PLAIN_EVERY_SHARE = 0.05
 PLAIN_GAP_S = 2.0
 """Where there is no terminal: a line every 30 s or every 5 %, but not a flood when the work is quick."""
+SILENCE_S = 10.0
+"""Where there is no terminal and nothing to count yet, a sign of life: after 10, 20, 40 ... seconds."""
+TICK_S = 0.5
 
 
 class Meter:
     """Speed and time left of one stage of work, from its progress events alone."""
 
-    def __init__(self, total: int, start: float) -> None:
-        """Measure work of `total` images; `start` and all other times are seconds of one clock."""
-        self.total, self.done, self.start = total, 0, start
+    def __init__(self, total: int, unit: str, start: float) -> None:
+        """Measure work of `total` images that began at `start`; all times are seconds of one clock."""
+        self.total, self.unit, self.done, self.start = total, unit, 0, start
         self._points: deque[tuple[float, int]] = deque()
+        self._burst = -math.inf
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left."""
+        return self.done >= self.total
 
     def add(self, done: int, now: float) -> None:
         """So many are done now."""
         self.done = done
+        if now - self._burst < BURST_S:
+            self._points.pop()
+        else:
+            self._burst = now
         self._points.append((now, done))
         while len(self._points) > 2 and now - self._points[1][0] >= WINDOW_S:
             self._points.popleft()
@@ -44,7 +60,7 @@ class Meter:
         (first, before), (last, after) = self._points[0], self._points[-1]
         gap = (last - first) / (len(self._points) - 1)
         elapsed = max(last, now - 2 * gap) - first
-        return (after - before) / elapsed if elapsed > 0 else None
+        return (after - before) / elapsed if elapsed >= BURST_S else None
 
     def seconds_left(self, now: float) -> float | None:
         """At the speed of late, or None where nothing is known yet."""
@@ -60,19 +76,22 @@ class ProgressLine:
                                                              of our own; `unit` is what is counted, else images
         {"kind": "epoch", "epoch", "epochs", ...metrics}     a line that stays
 
-    On a terminal the line is redrawn in place and gone at the end; elsewhere it is printed now and then.
+    On a terminal the line is redrawn in place and gone at the end; elsewhere it is printed now and then. What a
+    stage took stays in both.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """Draw on `stream`, standard error by default."""
         self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False)
         self._clock, self._lock = clock, threading.Lock()
-        self._start = clock()
         self._meter: Meter | None = None
         self._event: dict[str, Any] = {}
-        self._printed = (self._start, 0.0)
+        self._begin_stage()
+        self._printed = (self._stage, 0.0)
         self._live: Live | None = None
         self._spinner = Spinner("dots")
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick_on, daemon=True)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -85,12 +104,17 @@ class ProgressLine:
             )
             live.start()
             self._live = live
+        else:
+            self._ticker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        else:
+            self._over.set()
+            self._ticker.join()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event; may be called from any thread."""
@@ -99,26 +123,51 @@ class ProgressLine:
                 self._advance(event)
             elif event["kind"] == "epoch":
                 self._print(_epoch_text(event))
+                if event["epoch"] + 1 == event["epochs"]:
+                    self._begin_stage()
             else:
                 self._print(event["text"])
+                self._begin_stage()
+
+    def tick(self) -> None:
+        """Where there is no terminal: print how far it is if that is due, or a sign of life."""
+        with self._lock:
+            now = self._clock()
+            if self._is_plainly_due(now):
+                assert self._meter is not None
+                self._printed = (now, self._meter.done / max(1, self._meter.total))
+                self._print(self._text(now))
+            elif self._is_waiting and now - self._stage >= self._patience:
+                self._patience *= 2
+                self._print(f"    still at work, {_clock_text(now - self._stage)}")
+
+    def _tick_on(self) -> None:
+        while not self._over.wait(TICK_S):
+            self.tick()
+
+    def _begin_stage(self) -> None:
+        """What is counted next began now, after what has been said."""
+        self._stage, self._is_waiting, self._patience = self._clock(), True, SILENCE_S
 
     def _advance(self, event: dict[str, Any]) -> None:
         now, done, total = self._clock(), event["done"], event["total"]
-        if self._meter is None or self._meter.total != total or done < self._meter.done:
-            self._meter, self._printed = Meter(total, now), (now, 0.0)
-        self._meter.add(done, now)
-        self._event = event
-        if self._live is None:
-            self._print_now_and_then(now)
-
-    def _print_now_and_then(self, now: float) -> None:
-        assert self._meter is not None
-        share = self._meter.done / max(1, self._meter.total)
-        since, before = self._printed
-        is_due = share - before >= PLAIN_EVERY_SHARE and now - since >= PLAIN_GAP_S
-        if is_due or now - since >= PLAIN_EVERY_S or self._meter.done >= self._meter.total:
-            self._printed = (now, share)
+        meter, unit = self._meter, event.get("unit", "images")
+        if meter is None or meter.is_done or (meter.total, meter.unit) != (total, unit) or done < meter.done:
+            meter = self._meter = Meter(total, unit, self._stage)
+            self._printed = (now, done / max(1, total))
+        meter.add(done, now)
+        self._event, self._is_waiting = event, False
+        if meter.is_done:
             self._print(self._text(now))
+            self._begin_stage()
+
+    def _is_plainly_due(self, now: float) -> bool:
+        if self._meter is None or self._is_waiting:
+            return False
+        since, before = self._printed
+        share = self._meter.done / max(1, self._meter.total)
+        is_far = share - before >= PLAIN_EVERY_SHARE and now - since >= PLAIN_GAP_S
+        return is_far or now - since >= PLAIN_EVERY_S
 
     def _print(self, text: str) -> None:
         if self._live is None:
@@ -131,22 +180,20 @@ class ProgressLine:
     def _text(self, now: float) -> str:
         meter, event = self._meter, self._event
         assert meter is not None
-        rate = meter.rate(now) or event.get("rate")
-        left = meter.seconds_left(now)
-        is_done = meter.done >= meter.total
-        unit = event.get("unit", "images")
-        parts = [
-            f"{min(meter.done, meter.total):,}/{meter.total:,} {unit}",
-            f"{rate:,.0f} {unit}/s" if rate else "",
-            f"{_clock_text(left)} left" if left is not None and not is_done else "",
-            event.get("text", ""),
-        ]
+        parts = [f"{min(meter.done, meter.total):,}/{meter.total:,} {meter.unit}"]
+        if meter.is_done:
+            parts.append(f"in {_clock_text(now - meter.start)}")
+        else:
+            rate, left = meter.rate(now) or event.get("rate"), meter.seconds_left(now)
+            parts.append(f"{_rate_text(rate)} {meter.unit}/s" if rate else "")
+            parts.append(f"{_clock_text(left)} left" if left is not None else "")
+        parts.append(event.get("text", ""))
         return "  ".join(part for part in parts if part)
 
     def _drawn(self) -> RenderableType:
         now = self._clock()
-        if self._meter is None:
-            self._spinner.update(text=Text(_clock_text(now - self._start)))
+        if self._meter is None or self._is_waiting:
+            self._spinner.update(text=Text(_clock_text(now - self._stage)))
             return self._spinner
         width = 24 if self._console.width >= 90 else 10
         bar = ProgressBar(total=max(1, self._meter.total), completed=self._meter.done, width=width)
@@ -176,3 +223,7 @@ def _clock_text(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -62,9 +62,9 @@ def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
 
 
 def epoch_pieces(
-    groups: Sequence[Slice], seed: int, epoch: int, batch_size: int, lanes: int, owned: Sequence[int]
+    groups: Sequence[Slice], seed: int, epoch: int, batch_size: int, lanes: int, owned: Sequence[int], max_rows: int
 ) -> list[Piece]:
-    """What the owner of some lanes has to read in an epoch, in the order in which its steps need it."""
+    """What the owner of some lanes has to read in an epoch, at most `max_rows` at a time, as its steps need it."""
     rows = sum(g.rows for g in groups)
     steps = steps_per_epoch(rows, batch_size)
     runs = [(lane, *lane_range(rows, lanes, lane)) for lane in owned]
@@ -74,9 +74,9 @@ def epoch_pieces(
         count = groups[group].rows
         for lane, low, high in runs:
             start, stop = max(low, position), min(high, position + count)
-            if start < stop:
-                step = _step_of(start - low, high - low, steps, lane, lanes)
-                pieces.append(Piece(epoch, step, lane, int(group), start, start - position, stop - position))
+            for at in range(start, stop, max_rows):
+                step, end = _step_of(at - low, high - low, steps, lane, lanes), min(at + max_rows, stop)
+                pieces.append(Piece(epoch, step, lane, int(group), at, at - position, end - position))
         position += count
     return sorted(pieces, key=lambda p: p.step)
 

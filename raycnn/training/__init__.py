@@ -1,0 +1,16 @@
+"""`raycnn train`: data-parallel training with Ray Train over packed shards that Ray Data streams.
+
+A run folder holds all that a run needs to go on: the same command again resumes it after any death, and finds
+nothing to do when it is finished.
+
+    config.yaml                     what was asked for: a recipe
+    run.json                        what the run is bound to: its data and its lanes
+    checkpoints/slot-N.safetensors  model, optimizer, validation counts; slot-N.json is its marker, written last
+    metrics.jsonl, tensorboard/     one line, one point for each epoch
+    bundle/                         the best epoch's model
+"""
+
+from raycnn.training.folder import Checkpoints
+from raycnn.training.start import TrainReport, image_spec, train
+
+__all__ = ["Checkpoints", "TrainReport", "image_spec", "train"]

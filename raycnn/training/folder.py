@@ -1,0 +1,234 @@
+"""What lies in a run folder, written so that a death at any moment leaves a run that goes on."""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from raycnn.config import TrainConfig, to_yaml
+from raycnn.errors import ConfigError, StorageError
+from raycnn.shards import PackedCollection
+from raycnn.shards.order import lanes_for
+from raycnn.storage import Store
+
+CONFIG, IDENTITY = "config.yaml", "run.json"
+SLOTS = 3
+"""One checkpoint is the last, one the best, and the third is free to be written."""
+
+RESUMABLE = ("data", "run", "epochs", "num_workers", "device", "max_failures", "max_bad")
+"""Settings that may differ when a run goes on; the others would make it another run. Data is known by its digest."""
+
+
+def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> int | None:
+    """The number of lanes of the run in a folder, which has to be this one; None where the folder holds no run.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings or other data, or something else.
+    """
+    if store.head(IDENTITY) is None:
+        if store.head(CONFIG) is not None:
+            raise ConfigError(f"{store.url} holds a {CONFIG} that belongs to no training run; use another run folder")
+        return None
+    identity = json.loads(store.get(IDENTITY))
+    if identity["data_digest"] != packed.digest:
+        raise ConfigError(f"{store.url} holds a run on other data than {config.data}; use another run folder")
+    if store.head(CONFIG) is not None:
+        wanted, found = yaml.safe_load(to_yaml(config)), yaml.safe_load(store.get(CONFIG))
+        differing = [k for k in wanted if k not in RESUMABLE and wanted[k] != found.get(k)]
+        if differing:
+            shown = ", ".join(f"{k} (was {found.get(k)!r}, now {wanted[k]!r})" for k in differing)
+            raise ConfigError(f"{store.url} holds a run with other settings: {shown}; use another run folder")
+    lanes = int(identity["lanes"])
+    if lanes % config.num_workers:
+        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise ConfigError(
+            f"{store.url}: {config.num_workers} workers cannot go on with this run, whose batches are made of "
+            f"{lanes} equal lanes: use --num-workers {fitting}"
+        )
+    return lanes
+
+
+def claim(store: Store, config: TrainConfig, packed: PackedCollection) -> int:
+    """Make the folder this run's, unless it is; the number of lanes. Of two who try at once one decides.
+
+    Raises:
+        ConfigError: the folder holds another run.
+    """
+    identity = {"data_digest": packed.digest, "lanes": lanes_for(config.num_workers)}
+    content = to_yaml(config).encode()
+    store.create(IDENTITY, (json.dumps(identity) + "\n").encode())
+    store.create(CONFIG, content)
+    lanes = claimed(store, config, packed)
+    assert lanes is not None
+    if store.get(CONFIG) != content:
+        store.put(CONFIG, content)
+    return lanes
+
+
+class Checkpoints:
+    """Three slots below `checkpoints/`; a checkpoint never overwrites the last or the best one.
+
+    A slot's marker holds the sha256 of its tensors and is written after them, so that a torn write shows.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Read the markers of whole checkpoints below the run folder."""
+        self._store = store.child("checkpoints")
+        self._whole: set[str] = set()
+
+    def last(self) -> dict[str, Any] | None:
+        """The marker of the newest whole checkpoint."""
+        return self._first_whole(sorted(self._markers(), key=lambda m: -m["epoch"]))
+
+    def best(self) -> dict[str, Any] | None:
+        """The marker of the most accurate whole checkpoint; the earlier of equals."""
+        return self._first_whole(sorted(self._markers(), key=lambda m: (-m["accuracy_top1"], m["epoch"])))
+
+    def at(self, epoch: int) -> dict[str, Any]:
+        """The marker of an epoch's checkpoint, which another worker has found whole."""
+        found = next((m for m in self._markers() if m["epoch"] == epoch), None)
+        if found is None:
+            raise StorageError(
+                f"{self._store.url}: this worker does not see the checkpoint of epoch {epoch} that another one sees; "
+                "on several nodes the run folder has to be s3:// or a folder that all of them share"
+            )
+        return found
+
+    def load(self, marker: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a whole checkpoint."""
+        content = self._bytes(marker)
+        if content is None:
+            raise StorageError(
+                f"{self._store.url}/{_tensors(marker['slot'])} was changed; is another run writing there?"
+            )
+        return load_safetensors(content)
+
+    def save(self, tensors: dict[str, torch.Tensor], epoch: int, accuracy_top1: float) -> None:
+        """Write to the slot that is neither the last nor the best."""
+        taken = {m["slot"] for m in (self.last(), self.best()) if m}
+        slot = next(s for s in range(SLOTS) if s not in taken)
+        content = save_safetensors(tensors)
+        self._store.put(_tensors(slot), content)
+        digest = hashlib.sha256(content).hexdigest()
+        marker = {"slot": slot, "epoch": epoch, "accuracy_top1": accuracy_top1, "sha256": digest}
+        self._store.put(_marker(slot), json.dumps(marker).encode())
+        self._whole.add(digest)
+
+    def _markers(self) -> list[dict[str, Any]]:
+        markers: list[dict[str, Any]] = []
+        for path in map(_marker, range(SLOTS)):
+            if self._store.head(path) is not None:
+                try:
+                    markers.append(json.loads(self._store.get(path)))
+                except ValueError:  # torn, so its checkpoint does not count
+                    continue
+        return markers
+
+    def _first_whole(self, markers: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return next((m for m in markers if m["sha256"] in self._whole or self._bytes(m) is not None), None)
+
+    def _bytes(self, marker: dict[str, Any]) -> bytes | None:
+        path = _tensors(marker["slot"])
+        if self._store.head(path) is None:
+            return None
+        content = self._store.get(path)
+        if hashlib.sha256(content).hexdigest() != marker["sha256"]:
+            return None
+        self._whole.add(marker["sha256"])
+        return content
+
+
+def _marker(slot: int) -> str:
+    return f"slot-{slot}.json"
+
+
+def _tensors(slot: int) -> str:
+    return f"slot-{slot}.safetensors"
+
+
+class History:
+    """metrics.jsonl: one line for each epoch that is done."""
+
+    PATH = "metrics.jsonl"
+
+    def __init__(self, store: Store) -> None:
+        """Read the lines that there are."""
+        self._store = store
+        text = store.get(self.PATH).decode() if store.head(self.PATH) else ""
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def cut(self, epochs: int) -> None:
+        """Forget what came after the checkpoint that the run resumes from."""
+        self.lines = [line for line in self.lines if line["epoch"] < epochs]
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write the line of one more epoch."""
+        self.lines.append(line)
+        self._store.put(self.PATH, "".join(json.dumps(entry) + "\n" for entry in self.lines).encode())
+
+
+class TensorBoard:
+    """An event file below `tensorboard/`, uploaded after every epoch; in memory until then: a worker may be killed.
+
+    tensorboardX's own SummaryWriter writes on a thread, and does not wait for it before it says that all is written.
+    """
+
+    def __init__(self, store: Store, is_writer: bool, first_step: int) -> None:
+        """Points of an earlier file at `first_step` or later belong to an epoch that is done again."""
+        self._store, self._is_writer, self._first_step = store, is_writer, first_step
+        self._files: dict[str, _EventFile] = {}
+
+    def __enter__(self) -> "TensorBoard":
+        if self._is_writer:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboardX.record_writer import register_writer_factory
+
+            register_writer_factory("raycnn", self)
+            self._writer = EventsWriter("raycnn:/events")
+            self._write(self._first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        return self
+
+    def open(self, path: str) -> "_EventFile":
+        """What tensorboardX writes an event file to."""
+        return self._files.setdefault(path.rpartition("/")[2], _EventFile())
+
+    def directory_check(self, path: str) -> None:
+        """No folder has to be made."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """One point for each of the line's numbers."""
+        from tensorboardX.summary import scalar
+
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("epoch", "step"):
+                self._write(line["step"], summary=scalar(name, value))
+        for name, file in self._files.items():
+            self._store.put(f"tensorboard/{name}", bytes(file.content))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+
+class _EventFile:
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self.content += data
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,69 @@
+"""Ray Train as this project runs it: a user's mistake ends a run at once, and Ctrl-C is left alone."""
+
+import tempfile
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from raycnn import data
+from raycnn.config import TrainConfig
+from raycnn.errors import RaycnnError, StorageError, unwrap
+from raycnn.training.rank import work
+
+ABORT_S = 5.0
+"""How long Ctrl-C waits for the workers to be stopped in good order."""
+
+
+class _Policy(DefaultFailurePolicy):
+    """Replaces workers that died, up to `max_failures`; what a user has to mend would only fail again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        cause = unwrap(training_failed_error)
+        if isinstance(cause, RaycnnError) and not isinstance(cause, StorageError):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class _Trainer(TorchTrainer):
+    controller: Any = None
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        policy = _Policy(self.run_config.failure_config or FailureConfig())
+        return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray Train's handler ends the process with its own exit code, and stays in place."""
+        self.controller = controller
+
+
+def launch(arguments: dict[str, Any], config: TrainConfig, plan: data.TrainPlan) -> None:
+    """Run `work(arguments)` on every training worker, to its end."""
+    per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
+    with tempfile.TemporaryDirectory(prefix="raycnn-train-") as scratch:
+        trainer = _Trainer(
+            work,
+            train_loop_config=arguments,
+            scaling_config=ScalingConfig(
+                num_workers=config.num_workers, use_gpu=plan.worker_gpus > 0, resources_per_worker=per_worker
+            ),
+            # Our checkpoints lie in the run folder; Ray Train's own state is of no use to a later process.
+            run_config=RunConfig(
+                storage_path=scratch,
+                name="run",
+                failure_config=FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except KeyboardInterrupt:
+            if trainer.controller is not None:
+                # A controller that is still starting does not answer for long; it dies with this process anyway.
+                with suppress(RayActorError, GetTimeoutError):
+                    ray.get(trainer.controller.abort.remote(), timeout=ABORT_S)
+            raise

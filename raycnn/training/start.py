@@ -1,0 +1,180 @@
+"""The driver's part of a run: checks before any work, the plan, Ray Train, and the report."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from raycnn import data
+from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, PackConfig, TrainConfig, make
+from raycnn.errors import ConfigError, DataError, Status, StorageError
+from raycnn.models import check_name, is_published_name, require_file
+from raycnn.shards import Collection, PackedCollection, open_collection
+from raycnn.storage import Store, contains, open_store
+from raycnn.training.folder import Checkpoints, History, claim, claimed
+from raycnn.training.rank import check_bad
+
+SMALL_SIDE = 64
+"""Images that are all of one size up to this side are trained on as they are."""
+LARGE_SIDE = 224
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run has made."""
+
+    bundle: str
+    epochs: int
+    steps: int
+    accuracy_top1: float
+    images_per_s: float
+    skipped: dict[str, int]
+    run: str
+    resumed_at_epoch: int
+
+
+def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainReport:
+    """Train, or resume, or find the run finished.
+
+    Raises:
+        ConfigError: the run folder belongs to another configuration, or the cluster cannot run the plan.
+        DataError: the data cannot be trained on; it says why.
+    """
+    say = progress or (lambda event: None)
+    if contains(config.data, config.run):
+        raise ConfigError(f"the run folder {config.run} lies inside its data {config.data}; choose another")
+    config = _checked(config)
+    store = open_store(config.run)
+    packed = _packed(config, store, say)
+    _check_classes(packed)
+    spec = image_spec(config, packed.manifest)
+    claimed(store, config, packed)
+    last = Checkpoints(store).last()
+    done = last["epoch"] + 1 if last else 0
+    if done < config.epochs or _bundle_epochs(store) < done:
+        _check_readable(config, packed)
+        _fit(config, store, packed, spec, say)
+    return _report(store, max(done, config.epochs), done)
+
+
+def _report(store: Store, epochs: int, resumed_at: int) -> TrainReport:
+    lines = History(store).lines
+    if _bundle_epochs(store) < epochs or not lines:
+        raise StorageError(
+            f"{store.url} lacks what the training workers should have left there; "
+            "on several nodes the run folder has to be s3:// or a folder that all of them share"
+        )
+    return TrainReport(
+        bundle=store.child("bundle").url,
+        epochs=epochs,
+        steps=lines[-1]["step"],
+        accuracy_top1=json.loads(store.get("bundle/config.json"))["metrics"]["accuracy_top1"],
+        images_per_s=lines[-1]["images_per_s"],
+        skipped=lines[-1]["skipped"],
+        run=store.url,
+        resumed_at_epoch=resumed_at,
+    )
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    """The configuration as workers need it. A model or a file that does not exist is said before any work."""
+    check_name(config.model)
+    if config.weights is None or is_published_name(config.weights):
+        return config
+    return config.model_copy(update={"weights": require_file(config.weights)})
+
+
+def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedCollection:
+    """The packed data set to train on; any other layout is packed into the run folder first, said aloud."""
+    collection = open_collection(config.data)
+    if isinstance(collection, PackedCollection):
+        return collection
+    _check_two_classes(collection)
+    from raycnn.packing import pack
+
+    target = store.child("data").url
+    say(
+        {
+            "kind": "note",
+            "text": f"{config.data}: {collection.layout} ({collection.reason}); packing it to {target}",
+        }
+    )
+    pack(make(PackConfig, {"src": config.data, "dst": target}), say)
+    again = open_collection(target)
+    assert isinstance(again, PackedCollection)
+    return again
+
+
+def _check_two_classes(collection: Collection) -> None:
+    if len(collection.class_names) < 2:
+        names = ", ".join(collection.class_names) or "none"
+        raise DataError(f"{collection.store.url}: classes: {names}; training needs two or more, each with its images")
+
+
+def _check_classes(packed: PackedCollection) -> None:
+    _check_two_classes(packed)
+    for split in ("train", "val"):
+        counts = packed.counts(split)
+        missing = [name for name in packed.class_names if not counts.get(name)]
+        if missing:
+            raise DataError(
+                f"{packed.store.url}: no {split} image of {missing[0]!r}"
+                + (f" and {len(missing) - 1} other classes" if missing[1:] else "")
+                + f"; add some, or pack with a larger share for {split}"
+            )
+
+
+def _check_readable(config: TrainConfig, packed: PackedCollection) -> None:
+    """What packing could not read, training cannot either: said before any work."""
+    status = packed.manifest["splits"]["train"]["status"]
+    bad = Counter({word: n for word, n in status.items() if word != Status.OK})
+    check_bad(bad, packed.rows("train"), config.max_bad)
+
+
+def image_spec(config: TrainConfig, manifest: dict[str, Any]) -> ImageSpec:
+    """The model's input, from the data: small equal images as they are, others cropped to a square.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    seen = manifest["images"]
+    if not seen["channels"]:
+        raise DataError("not one of the packed images can be read, so there is nothing to train on")
+    gray = config.weights is None and set(seen["channels"]) == {"1"}
+    colours: dict[str, Any] = {"channels": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if gray:
+        colours = {"channels": 1, "mean": (sum(IMAGENET_MEAN) / 3,), "std": (sum(IMAGENET_STD) / 3,)}
+    (low_h, high_h), (low_w, high_w) = seen["height"], seen["width"]
+    if config.image_size != "auto":
+        return ImageSpec(height=config.image_size, width=config.image_size, **colours)
+    if low_h == high_h and low_w == high_w and max(high_h, high_w) <= SMALL_SIDE:
+        return ImageSpec(height=high_h, width=high_w, crop=1.0, **colours)
+    return ImageSpec(height=LARGE_SIDE, width=LARGE_SIDE, **colours)
+
+
+def _bundle_epochs(store: Store) -> int:
+    """How many epochs the run's bundle has seen; 0 where there is none yet."""
+    if store.head("bundle/config.json") is None:
+        return 0
+    return json.loads(store.get("bundle/config.json"))["metrics"].get("epochs", 0)
+
+
+def _fit(config: TrainConfig, store: Store, packed: PackedCollection, spec: ImageSpec, say: data.Progress) -> None:
+    """Run Ray Train, once it is known that the cluster can; show what rank 0 posts while it runs."""
+    data.connect(say)
+    _, limit = data.resources()
+    use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= config.num_workers)
+    plan = data.plan_training(config.num_workers, limit, use_gpu)
+    share = "a GPU" if use_gpu else f"{plan.threads} CPU threads"
+    say({"kind": "note", "text": f"starting training workers: {config.num_workers}, with {share} each"})
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "data": packed.store.url,
+        "spec": spec.model_dump(mode="json"),
+        "lanes": claim(store, config, packed),
+        "plan": plan._asdict(),
+    }
+    from raycnn.training.launch import launch
+
+    with data.Board(say) as board, data.user_errors():
+        launch(arguments | {"board": board.actor}, config, plan)

@@ -1,0 +1,97 @@
+"""Every verb on clusters that have hardly any CPU. A program of its own: it starts them, and ends by being killed.
+
+python small_clusters.py FOLDER      one JSON object a line: {"step", "seconds", ...}
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import ray
+from PIL import Image
+from ray.cluster_utils import Cluster
+
+import raycnn
+from raycnn import data
+from raycnn.config import PackConfig, TrainConfig, make
+from raycnn.data import board
+from raycnn.packing import pack
+from raycnn.training import train
+
+IMAGES = 64
+LAUNCHER = """
+max_workers: 1
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 0, GPU: 0}, max_workers: 0}
+  cpu: {resources: {CPU: 1}, max_workers: 1}
+"""
+
+
+def draw(folder: Path) -> None:
+    """Images that are bright on the left or on the right."""
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        image = rng.integers(0, 60, (8, 8), np.uint8)
+        image[:, i % 2 * 4 :][:, :4] += 150
+        file = folder / ("left", "right")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+
+
+def step(name: str, work: Callable[[], Any]) -> None:
+    start = time.monotonic()
+    made = work()
+    print(json.dumps({"step": name, "seconds": time.monotonic() - start} | made), flush=True)
+
+
+def main(folder: Path) -> None:
+    raw, packed, run = (str(folder / name) for name in ("raw", "packed", "run"))
+    draw(folder / "raw")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def first_pack() -> dict[str, Any]:
+        notes: Queue[str] = Queue()
+        board.QUIET_S = 1
+        with ThreadPoolExecutor() as pool:
+            packing = pool.submit(
+                pack,
+                make(PackConfig, {"src": raw, "dst": packed, "val": 0.2, "test": 0.2}),
+                lambda event: notes.put(event["text"]) if event["kind"] == "note" else None,
+            )
+            while not (note := notes.get(timeout=60)).startswith("waiting for"):
+                pass
+            cluster.add_node(num_cpus=1)  # what the autoscaler does
+            rows = packing.result().rows
+        board.QUIET_S = 20
+        return {"rows": rows, "note": note}
+
+    def trained(where: str, **more: Any) -> dict[str, Any]:
+        config = make(TrainConfig, {"data": packed, "run": where, "batch_size": 16, "epochs": 1} | more)
+        report = train(config, lambda event: print(json.dumps(event), flush=True))
+        return {"epochs": report.epochs, "resumed_at": report.resumed_at_epoch}
+
+    def labelled() -> dict[str, Any]:
+        report = raycnn.label(packed, str(folder / "labels"), bundle=f"{run}-alone/bundle")
+        return {"rows": report.rows, "status": report.status}
+
+    # The Ray session's own folder is no home, so the launcher's file is found nowhere else.
+    Path(data.cluster.LAUNCHED).expanduser().write_text(LAUNCHER)
+    step("pack where there is no CPU yet", first_pack)
+    step("train 1 worker on 1 CPU", lambda: trained(f"{run}-alone"))
+    step("evaluate on 1 CPU", lambda: {"rows": raycnn.evaluate(f"{run}-alone/bundle", packed, split="all").rows})
+    step("label on 1 CPU", labelled)
+    step("train 2 workers on 1 CPU", lambda: trained(run, num_workers=2))
+    cluster.add_node(num_cpus=3)
+    step("resume 1 worker on 4 CPUs", lambda: trained(run, epochs=100_000))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,179 @@
+"""The CPU budget: nothing is reserved that does not fit, what cannot run is refused, and small clusters do run."""
+
+import math
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raycnn.data import Node, Resources, plan_training, plan_units
+from raycnn.data.board import shortage
+from raycnn.errors import ConfigError
+
+
+def cluster(*nodes: float | tuple[float, float]) -> Resources:
+    return Resources(tuple(Node(*n) if isinstance(n, tuple) else Node(n) for n in nodes))
+
+
+def place(nodes: list[list[float]], cpus: float, gpus: float, seed: int) -> bool:
+    """Put one worker on some node that has room for it, in hundredths of a CPU, as Ray does with its own."""
+    need = round(cpus * 100), round(gpus * 100)
+    fitting = [node for node in nodes if node[0] >= need[0] and node[1] >= need[1]]
+    if fitting:
+        node = random.Random(seed).choice(fitting)
+        node[0], node[1] = node[0] - need[0], node[1] - need[1]
+    return bool(fitting)
+
+
+NODES = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 7.0, 16.0, 64.0]), st.sampled_from([0.0, 0.0, 1, 2, 8])
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(nodes=NODES, num_workers=st.integers(1, 9), use_gpu=st.booleans(), seed=st.integers(0, 99))
+def test_training_workers_and_their_decode_tasks_fit_on_the_nodes_wherever_ray_puts_them(
+    nodes, num_workers, use_gpu, seed
+):
+    limit = cluster(*nodes)
+    try:
+        plan = plan_training(num_workers, limit, use_gpu)
+    except ConfigError:
+        few_gpus = use_gpu and sum(min(g, c / 0.12) // 1 for c, g in nodes) < num_workers
+        assert few_gpus or sum(math.floor(c / 0.12 + 1e-6) for c, _ in nodes) < 2 * num_workers
+        return
+    left = [[round(c * 100), round(g * 100)] for c, g in nodes]
+    assert all(place(left, plan.worker_cpus, plan.worker_gpus, seed + i) for i in range(num_workers))
+    assert plan.tasks >= 1
+    assert all(place(left, plan.task_cpus, 0, seed + i) for i in range(num_workers * plan.tasks))
+    assert 1 <= plan.threads <= max(1, *(c for c, _ in nodes))
+
+
+@given(nodes=NODES, units=st.integers(1, 50), use_gpu=st.booleans(), seed=st.integers(0, 99))
+def test_the_workers_of_a_pipeline_fit_on_the_nodes(nodes, units, use_gpu, seed):
+    limit = cluster(*nodes)
+    if max(c for c, _ in nodes) < 1:
+        with pytest.raises(ConfigError, match="a worker needs 1 CPU on one node"):
+            plan_units("label", limit, limit, units, use_gpu)
+        return
+    plan = plan_units("label", limit, limit, units, use_gpu)
+    left = [[round(c * 100), round(g * 100)] for c, g in nodes]
+    assert all(place(left, plan.cpus, plan.gpus, seed + i) for i in range(plan.workers))
+    assert plan.workers == units or not place(left, plan.cpus, plan.gpus, 0)
+    assert plan.gpus == (1 if use_gpu and any(g and c >= 1 for c, g in nodes) else 0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_workers", "worker", "tasks", "task"),
+    [
+        (1, 1, 0.5, 1, 0.5),
+        (1, 2, 0.25, 1, 0.25),
+        (1, 4, 0.12, 1, 0.12),
+        (2, 1, 1, 1, 1),
+        (2, 2, 0.5, 1, 0.5),
+        (3, 1, 1, 2, 1),
+        (3, 2, 0.75, 1, 0.75),
+        (4, 1, 2, 2, 1),
+        (4, 3, 0.66, 1, 0.66),
+        (64, 1, 32, 32, 1),
+        (64, 4, 8, 8, 1),
+    ],
+)
+def test_on_one_machine_training_and_decoding_halve_the_cpus(cpus, num_workers, worker, tasks, task):
+    plan = plan_training(num_workers, cluster(cpus), use_gpu=False)
+    assert (plan.worker_cpus, plan.tasks, plan.task_cpus) == (worker, tasks, task)
+
+
+def test_a_worker_is_never_larger_than_a_node():
+    assert plan_training(1, cluster(2, 2), use_gpu=False)[:4] == (1, 0, 3, 1)
+    assert plan_training(1, cluster(*[2] * 32), use_gpu=False)[:4] == (1, 0, 63, 1)
+    # 768 CPUs that an autoscaler could add: 16 CPUs go with each GPU on its node, not 48.
+    aws = cluster(0, *[(16, 1)] * 16, *[32] * 16)
+    assert plan_units("label", cluster(0), aws, 1000, use_gpu=True) == (16, 1, 16, 1)
+    assert plan_training(16, aws, use_gpu=True)[:4] == (1, 1, 47, 1)
+
+
+def test_one_cpu_drives_a_gpu_and_the_rest_decode():
+    assert plan_training(2, cluster((16, 2)), use_gpu=True)[:4] == (1, 1, 7, 1)
+    assert plan_training(1, cluster((1, 1)), use_gpu=True)[:4] == (0.5, 1, 1, 0.5)
+
+
+def test_a_pipeline_grows_to_what_the_autoscaler_may_add_and_begins_with_what_is_there():
+    assert plan_units("pack", cluster(0), cluster(0, 4, 4), 100) == (8, 1, 1, 0)
+    assert plan_units("pack", cluster(4), cluster(4, 4), 100) == (8, 4, 1, 0)
+    assert plan_units("pack", cluster(64), cluster(64), 3) == (3, 3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "nodes", "use_gpu", "message"),
+    [
+        (5, [1], False, r"5 workers share 1 CPU, 0\.2 CPUs each, and need 0\.25 .* use --num-workers 4 or fewer"),
+        (40, [2, 2], False, r"4 CPUs \(nodes of 2, 2\), 0\.1 CPUs each, .* use --num-workers 16 or fewer"),
+        (1, [0], False, "share 0 CPUs, .* start Ray with more CPUs, or add a worker node"),
+        (2, [(8, 1)], True, "2 workers need 1 GPU each, the cluster has 1: use --num-workers 1 or --device cpu"),
+        (2, [(0, 1), (8, 1)], True, r"on a node with a GPU.*use --num-workers 1 or fewer"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_arithmetic(num_workers, nodes, use_gpu, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_training(num_workers, cluster(*nodes), use_gpu)
+
+
+def test_a_pipeline_without_a_whole_cpu_on_any_node_is_refused_with_the_arithmetic():
+    with pytest.raises(ConfigError, match=r"label: a worker needs 1 CPU .* 1 CPU \(nodes of 0\.5, 0\.5\): start Ray"):
+        plan_units("label", cluster(0.5, 0.5), cluster(0.5, 0.5), 3)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_every_verb_runs_on_a_single_cpu_beside_a_head_without_any(small_clusters):
+    made = small_clusters.steps
+    assert made["train 1 worker on 1 CPU"]["epochs"] == 1
+    assert made["train 2 workers on 1 CPU"]["epochs"] == 1
+    assert made["evaluate on 1 CPU"]["rows"] == 64
+    assert made["label on 1 CPU"]["status"] == {"ok": 64}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_verb_that_waits_for_the_autoscaler_says_so_and_goes_on_when_a_node_comes(small_clusters):
+    made = small_clusters.steps["pack where there is no CPU yet"]
+    assert made["note"].startswith("waiting for 1 CPU: the cluster has 0 of 0 free")
+    assert made["rows"] == 64
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_one_worker_and_two_learn_the_same_from_the_same_batches(small_clusters):
+    alone, together = (e["train/loss"] for e in small_clusters.events if e["kind"] == "epoch" and e["epoch"] == 0)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.ray
+def test_what_others_hold_is_said_and_no_more_once_it_is_free(ray_cluster):
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    theirs = placement_group([{"CPU": 2}])
+    assert theirs.wait(20)
+    ours = placement_group([{"CPU": 0.5}] * 2)
+    wait_until(lambda: shortage() is not None)
+    assert shortage() == (
+        "waiting for 0.5 CPU: the cluster has 0 of 2 free; this goes on when other work ends or a node is added"
+    )
+    remove_placement_group(theirs)
+    assert ours.wait(20)
+    wait_until(lambda: shortage() is None)
+    remove_placement_group(ours)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
