@@ -3,13 +3,14 @@
     raycnn VERB [POSITIONALS] [--flags] [--json] [--config FILE]
 
 Standard output carries the report, standard error everything else. The exit code is 0, or that of the
-`RaycnnError`, or 130 after Ctrl-C, or 1 with a traceback for a bug or broken infrastructure.
+`RaycnnError`, or 130 after Ctrl-C or SIGTERM, or 1 with a traceback for a bug or broken infrastructure.
 """
 
 import dataclasses
 import inspect
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -37,11 +38,17 @@ Settings come from, each overriding the one before: defaults, `--config FILE` (Y
 
 def main(argv: Sequence[str] | None = None) -> Never:
     """The console script, and with a verb in front of the arguments the scripts in `jobs/`."""
+    signal.signal(signal.SIGTERM, _interrupt)  # what `ray job stop` sends
     code = run(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Ray still prints what workers logged while it shuts down; the report has to stay the last line.
     sys.stdout.flush()
     sys.stdout = sys.stderr
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> Never:
+    raise KeyboardInterrupt
 
 
 def run(argv: Sequence[str]) -> int:

@@ -26,7 +26,9 @@ class EvaluateReport:
     accuracy_top1: float
     accuracy_top5: float
     loss: float
+    """Of the logits as they are, like training's."""
     ece: float
+    """Calibration error of the probabilities that labeling and serving give, at the bundle's temperature."""
     per_class: list[dict[str, Any]]
     confusion: list[list[int]]
     split: str
@@ -71,7 +73,7 @@ def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> E
         say({"kind": "progress", "done": done, "total": total, "text": ""})
     if not metrics.rows:
         raise DataError(f"{config.data}: no labelled, readable image in split {split}; status: {dict(status)}")
-    return _report(metrics, bundle.class_names, split, status, unlabelled)
+    return _report(metrics, bundle, split, status, unlabelled)
 
 
 def _split(config: EvaluateConfig, collection: Collection) -> str:
@@ -81,15 +83,15 @@ def _split(config: EvaluateConfig, collection: Collection) -> str:
 
 
 def _report(
-    metrics: Metrics, class_names: tuple[str, ...], split: str, status: Counter[str], unlabelled: int
+    metrics: Metrics, bundle: bundles.Bundle, split: str, status: Counter[str], unlabelled: int
 ) -> EvaluateReport:
-    per_class = [{"class_name": n, **row} for n, row in zip(class_names, metrics.per_class(), strict=True)]
+    per_class = [{"class_name": n, **row} for n, row in zip(bundle.class_names, metrics.per_class(), strict=True)]
     return EvaluateReport(
         rows=metrics.rows,
         accuracy_top1=metrics.accuracy_top1,
         accuracy_top5=metrics.accuracy_top5,
         loss=metrics.loss,
-        ece=metrics.ece,
+        ece=metrics.calibration(bundle.temperature).ece,
         per_class=per_class,
         confusion=metrics.confusion.tolist(),
         split=split,

@@ -5,7 +5,9 @@ Both pictures are PNG on white, 1,600 px wide.
 """
 
 import io
-from typing import NamedTuple
+import unicodedata
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +24,19 @@ WIDTH = 1600
 MARGIN = 48
 LABEL_WIDTH = 250
 """Left of the maps: the layer's name and what it does."""
-GAP = 6
+GAP, FILTER_GAP = 6, 20
+TILE = 72
+"""A feature map's side; half of it where there are many small ones."""
+MAPS_WIDTH = 16 * (TILE + GAP) - GAP
+FINE_SIDE = 16
+"""Maps with more pixels than this on a side are never drawn at half size."""
 MAX_TILES = 64
 MAX_BARS = 10
 ROW = 36
 """Height of a bar and the gap below it."""
+LEGEND_WIDTH = 240
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf")
+"""Looked for on this machine for what Pillow's own font has no letters for."""
 
 INK, QUIET, FRAME = (23, 28, 38), (98, 106, 120), (214, 218, 226)
 TROUGH, SHARE = (240, 242, 246), (66, 88, 130)
@@ -50,13 +60,14 @@ def filters_picture(bundle: Bundle) -> bytes:
         tiles = [_diverging(k.mean(axis=0) / limit) for k in kernels]
     title = f"The first layer: {count} learned filters of {height} x {width} px"
     note = "Each slides over the image and answers where the image looks like it."
-    canvas = _Canvas(title, note)
+    canvas = _Canvas(title, note if count <= MAX_TILES else f"{note} {MAX_TILES} of them are shown.")
     if channels == 3:
         canvas.text(WIDTH - MARGIN, MARGIN + 12, "mid-gray is zero", 24, QUIET, anchor="rt")
     else:
         canvas.legend(limit)
     columns = 8 if len(tiles) <= 24 else 16
-    canvas.tiles(MARGIN, tiles, columns, (WIDTH - 2 * MARGIN + GAP) // columns - GAP)
+    size = (WIDTH - 2 * MARGIN + FILTER_GAP) // columns - FILTER_GAP
+    canvas.tiles(MARGIN, tiles, columns, size, FILTER_GAP)
     return canvas.png()
 
 
@@ -81,10 +92,10 @@ def feature_maps_picture(bundle: Bundle, encoded: bytes, truth: str | None = Non
         votes = classifier(batch)[0].float()
     ranking = _Ranking.of(votes, bundle)
     said = f"prediction: {ranking.names[0]}, {ranking.probabilities[0]:.1%}"
-    canvas = _Canvas("One image on its way through the network", f"truth: {truth}   {said}" if truth else said)
+    canvas = _Canvas("One image on its way through the network", f"{said}   truth: {truth}" if truth else said)
     canvas.legend(None)
     canvas.label("input", "what the network sees", f"{pixels.shape[0]} x {pixels.shape[1]} px")
-    canvas.tiles(MARGIN + LABEL_WIDTH, [_rgb(pixels)], 1, 176)
+    canvas.tiles(MARGIN + LABEL_WIDTH, [_rgb(pixels)], 1, 176, GAP)
     for name, values in maps.items():
         _draw_layer(canvas, name, values[0].float())
     canvas.votes(ranking, truth)
@@ -125,9 +136,11 @@ def _draw_layer(canvas: "_Canvas", name: str, values: Tensor) -> None:
     count, height, width = array.shape
     shown = f"{count}" if count <= MAX_TILES else f"{MAX_TILES} of {count}"
     canvas.label(name, what, f"{shown} maps of {height} x {width}")
-    columns = 16 if count <= 32 else 32
-    size = (WIDTH - 2 * MARGIN - LABEL_WIDTH + GAP) // columns - GAP
-    canvas.tiles(MARGIN + LABEL_WIDTH, [_diverging(m / limit) for m in array], columns, size)
+    tiles = [_diverging(m / limit) for m in array]
+    if count <= 32 or max(height, width) > FINE_SIDE:
+        canvas.tiles(MARGIN + LABEL_WIDTH, tiles, 16, TILE, GAP)
+    else:
+        canvas.tiles(MARGIN + LABEL_WIDTH, tiles, 32, (TILE - GAP) // 2, GAP)
 
 
 class _Canvas:
@@ -139,26 +152,29 @@ class _Canvas:
         self._y = MARGIN
         self._label_bottom = 0
         self.text(MARGIN, self._y, title, 40)
-        self.text(MARGIN, self._y + 56, note, 26, QUIET)
+        self.fitted(MARGIN, self._y + 56, note, 26, WIDTH - 3 * MARGIN - LEGEND_WIDTH, "lt", QUIET)
         self._y += 124
 
     def text(
         self, x: float, y: float, words: str, size: int, colour: tuple[int, int, int] = INK, anchor: str = "lt"
     ) -> None:
-        self._draw.text((x, y), words, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
+        words, font = _written(words, size)
+        self._draw.text((x, y), words, fill=colour, font=font, anchor=anchor)
 
-    def fitted(self, x: float, y: float, words: str, size: int, width: float, anchor: str) -> None:
+    def fitted(
+        self, x: float, y: float, words: str, size: int, width: float, anchor: str, colour: tuple[int, int, int] = INK
+    ) -> None:
         """Text that is cut off with dots where it is wider than `width`."""
-        font = ImageFont.load_default(size)
+        words, font = _written(words, size)
         if self._draw.textlength(words, font) > width:
             while words and self._draw.textlength(words + "...", font) > width:
                 words = words[:-1]
             words += "..."
-        self.text(x, y, words, size, anchor=anchor)
+        self.text(x, y, words, size, colour, anchor)
 
     def legend(self, limit: float | None) -> None:
         """The colour scale, top right, with its ends where they are the same for the whole picture."""
-        width, height = 240, 20
+        width, height = LEGEND_WIDTH, 20
         left, top = WIDTH - MARGIN - width, MARGIN + 8
         ramp = _diverging(np.linspace(-1, 1, width)[None])
         self._paste(ramp, left, top, width, height)
@@ -173,20 +189,20 @@ class _Canvas:
             self.text(MARGIN, self._y + 38 + 26 * i, line, 20, QUIET)
         self._label_bottom = self._y + 38 + 26 * len(lines)
 
-    def tiles(self, left: int, tiles: list[Raster], columns: int, size: int) -> None:
+    def tiles(self, left: int, tiles: list[Raster], columns: int, size: int, gap: int) -> None:
         """Rasters in rows, each at most `size` px wide and high, framed."""
         shown = tiles[:MAX_TILES]
         height, width = shown[0].shape[:2]
         scale = size / max(height, width)
         box = (max(1, round(width * scale)), max(1, round(height * scale)))
         for i, tile in enumerate(shown):
-            x = left + i % columns * (size + GAP)
-            self._paste(tile, x, self._y + i // columns * (box[1] + GAP), *box)
-        self._advance(-(-len(shown) // columns) * (box[1] + GAP))
+            x = left + i % columns * (size + gap)
+            self._paste(tile, x, self._y + i // columns * (box[1] + gap), *box)
+        self._advance(-(-len(shown) // columns) * (box[1] + gap))
 
     def strip(self, row: Raster) -> None:
         """One row of pixels as a band over the whole width."""
-        self._paste(row, MARGIN + LABEL_WIDTH, self._y, WIDTH - 2 * MARGIN - LABEL_WIDTH, 56)
+        self._paste(row, MARGIN + LABEL_WIDTH, self._y, MAPS_WIDTH, 56)
         self._advance(56)
 
     def votes(self, ranking: _Ranking, truth: str | None) -> None:
@@ -212,7 +228,8 @@ class _Canvas:
             y, end = top + ROW * i, zero + vote * scale
             colour = POSITIVE if vote > 0 else NEGATIVE
             self._draw.rectangle((min(zero, end), y, max(zero, end), y + 26), colour)
-            self.text(max(zero, end) + 10, y + 13, f"{vote:+.2f}", 20, QUIET, "lm")
+            said = f"{vote:+.2f}" if highest - lowest >= 0.1 else f"{vote:+.2g}"
+            self.text(max(zero, end) + 10, y + 13, said, 20, QUIET, "lm")
         self._draw.line((zero, top - 4, zero, top + ROW * len(votes) - 6), QUIET)
 
     def _share_bars(self, left: int, top: int, width: int, shares: list[float]) -> None:
@@ -239,6 +256,29 @@ class _Canvas:
         kernel = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
         self._image.paste(Image.fromarray(raster).resize((width, height), kernel), (x, y))
         self._draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
+
+
+def _written(words: str, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """The words in letters that the font has, and the font."""
+    font = ImageFont.load_default(size)
+    if words.isascii():
+        return words, font
+    for name in FONTS:
+        with suppress(OSError):
+            font = ImageFont.truetype(name, size)
+            break
+
+    def glyph(letter: str) -> bytes:
+        return bytes(cast(Any, font.getmask(letter)))
+
+    unknown = glyph("\U0010ffff")
+
+    def known(letter: str) -> str:
+        if letter.isascii() or letter.isspace() or glyph(letter) != unknown:
+            return letter
+        return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
+
+    return "".join(map(known, words)), font
 
 
 def _limit(values: npt.NDArray[np.float32]) -> float:

@@ -15,16 +15,20 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError, RayError
 
 from raycnn import bundle as bundles
 from raycnn import data
@@ -37,6 +41,10 @@ MAX_BATCH = 32
 MAX_TOP_K = 100
 DEFAULT_TOP_K = 5
 DECODE_THREADS = 2
+STOP_S = 30
+"""So long may replicas take to answer what they have begun when the endpoint ends."""
+SERVE = "serve"
+"""The namespace of Ray Serve's own actors."""
 
 _SLOW_START = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
@@ -190,7 +198,10 @@ class Endpoint:
 
 
 def app(config: ServeConfig) -> ray_serve.Application:
-    """The application of one bundle, for `serve run raycnn.serving:app bundle=DIR` and `serve deploy`."""
+    """The application of one bundle, for `serve run raycnn.serving:app bundle=DIR` and `serve deploy`.
+
+    `serve run` builds it before it connects to a cluster, so there it takes a GPU if this machine has one.
+    """
     models = named_bundles(config.bundle)
     if len(models) > 1:
         raise ConfigError("one application serves one bundle; list an application for each in the Serve file")
@@ -198,8 +209,9 @@ def app(config: ServeConfig) -> ray_serve.Application:
 
 
 def _application(bundle: str, config: ServeConfig) -> ray_serve.Application:
+    gpus = data.resources()[1].gpus if ray.is_initialized() else torch.cuda.device_count()
     options: dict[str, Any] = {"num_cpus": 1}
-    if data.resources()[1].gpus >= config.replicas:
+    if gpus >= config.replicas:
         options["num_gpus"] = 1
     deployment: Any = Endpoint
     return deployment.options(
@@ -232,7 +244,7 @@ def serve(config: ServeConfig) -> ServeReport:
     """Serve until Ctrl-C or SIGTERM. One bundle answers at `/`; of several, each at `/NAME`.
 
     Raises:
-        ConfigError: the port is taken, or the cluster has too few CPUs.
+        ConfigError: the port is taken, the cluster has too few CPUs, or serves something already.
         BundleError: a bundle is altered.
     """
     models = named_bundles(config.bundle)
@@ -240,26 +252,73 @@ def serve(config: ServeConfig) -> ServeReport:
         bundles.load(url)
     _check_port(config.host, config.port)
     os.environ.update({k: os.environ.get(k, v) for k, v in _SLOW_START.items()})
-    data.connect()
+    data.connect(_say)
     _, limit = data.resources()
     if limit.cpus < (needed := len(models) * config.replicas):
         raise ConfigError(
             f"serve: {len(models)} models x {config.replicas} replicas need {needed} CPUs, "
             f"the cluster has {limit.cpus:g}"
         )
+    _check_idle()
     prefixes = {name: "/" if len(models) == 1 else f"/{name}" for name in models}
     try:
-        with data.user_errors():
+        with data.user_errors(), data.Waiting(_say):
             ray_serve.start(http_options={"host": config.host, "port": config.port})
             for name, url in models.items():
-                ray_serve.run(_application(url, config), name=name, route_prefix=prefixes[name])
+                _deploy(_application(url, config), name, prefixes[name])
         address = f"http://{config.host}:{config.port}"
         for name, prefix in prefixes.items():
             print(f"ready {address}{prefix.rstrip('/')}/v1/classify {name}", file=sys.stderr, flush=True)
         _wait()
     finally:
-        ray_serve.shutdown()
+        _stop()
     return ServeReport(address, models)
+
+
+def _say(event: dict[str, Any]) -> None:
+    print(event["text"], file=sys.stderr, flush=True)
+
+
+def _check_idle() -> None:
+    """Refuse a cluster that serves already: it listens elsewhere, and ending this would end that, too."""
+    status = ray_serve.status()
+    if status.applications or status.proxies:
+        names = ", ".join(status.applications) or "nothing"
+        raise ConfigError(
+            f"this cluster runs Ray Serve already, with {names}: add the bundle to its `serve deploy` file, as "
+            "raycnn.serving:app, or end it by `serve shutdown`"
+        )
+
+
+def _deploy(application: ray_serve.Application, name: str, prefix: str) -> None:
+    """Return when every replica is ready.
+
+    Raises:
+        RayError: a replica does not start; it quotes what the replica raised, which Serve's own error leaves out.
+    """
+    try:
+        ray_serve.run(application, name=name, route_prefix=prefix)
+    except RuntimeError as error:
+        deployments = ray_serve.status().applications[name].deployments.values()
+        raise RayError("\n".join([str(error), *(deployment.message for deployment in deployments)])) from None
+
+
+def _stop() -> None:
+    """`ray.serve.shutdown` without the error line that Ray prints because the controller ends itself."""
+    try:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=SERVE)
+    except ValueError:  # it has not come so far
+        return
+    with suppress(RayActorError):
+        ray.get(controller.graceful_shutdown.remote(wait=False))
+    give_up = time.monotonic() + STOP_S
+    while _serve_actors() and time.monotonic() < give_up:
+        time.sleep(0.1)
+
+
+def _serve_actors() -> list[Any]:
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    return [actor for actor in named if actor["namespace"] == SERVE]
 
 
 def _check_port(host: str, port: int) -> None:

@@ -131,7 +131,7 @@ def test_a_pipeline_without_a_whole_cpu_on_any_node_is_refused_with_the_arithmet
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_every_verb_runs_on_a_single_cpu_beside_a_head_without_any(small_clusters):
     made = small_clusters.steps
     assert made["train 1 worker on 1 CPU"]["epochs"] == 1
@@ -141,7 +141,7 @@ def test_every_verb_runs_on_a_single_cpu_beside_a_head_without_any(small_cluster
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_verb_that_waits_for_the_autoscaler_says_so_and_goes_on_when_a_node_comes(small_clusters):
     made = small_clusters.steps["pack where there is no CPU yet"]
     assert made["note"].startswith("waiting for 1 CPU: the cluster has 0 of 0 free")
@@ -149,7 +149,7 @@ def test_a_verb_that_waits_for_the_autoscaler_says_so_and_goes_on_when_a_node_co
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_one_worker_and_two_learn_the_same_from_the_same_batches(small_clusters):
     alone, together = (e["train/loss"] for e in small_clusters.events if e["kind"] == "epoch" and e["epoch"] == 0)
     assert together == pytest.approx(alone, rel=1e-5)

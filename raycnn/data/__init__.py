@@ -1,6 +1,6 @@
 """Ray Data pipelines, the connection to Ray, and the CPU budget that keeps both from starving."""
 
-from raycnn.data.board import Board, Progress
+from raycnn.data.board import Board, Progress, Waiting
 from raycnn.data.budget import Node, Resources, TrainPlan, UnitPlan, plan_training, plan_units
 from raycnn.data.cluster import connect, resources, user_errors
 from raycnn.data.feed import FeedBatch, LaneBuffers, decode_piece, join, row_ranges
@@ -15,6 +15,7 @@ __all__ = [
     "Resources",
     "TrainPlan",
     "UnitPlan",
+    "Waiting",
     "connect",
     "decode_piece",
     "join",

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +14,13 @@ import yaml
 
 from raycnn.data.board import Progress
 from raycnn.data.budget import Node, Resources
-from raycnn.errors import ConfigError, unwrap
+from raycnn.errors import ConfigError, RaycnnError, StorageError, unwrap
 
 LAUNCHED = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts the cluster's own description, on its head."""
+
+ANSWER_S = 20
+"""So long may the head of a busy cluster take to answer; where nobody listens the answer is immediate."""
 
 UNSAFE_VARIABLES = (
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
@@ -29,7 +35,7 @@ def connect(say: Progress | None = None) -> None:
     """Connect to the cluster of this job or machine, or start a local one; quietly, but for a note to `say`.
 
     Raises:
-        ConfigError: a variable is set that lets data files run code.
+        ConfigError: the cluster does not answer, or wants a token; or a variable is set that lets data files run code.
     """
     for name in UNSAFE_VARIABLES:
         if os.environ.get(name):
@@ -38,22 +44,78 @@ def connect(say: Progress | None = None) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
-        if say is not None:
-            say({"kind": "note", "text": _where(os.environ.get("RAY_ADDRESS"))})
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        except ConnectionError as error:
-            raise ConfigError(f"cannot connect to Ray: {str(error).splitlines()[0]}; is RAY_ADDRESS right?") from None
-        except ValueError:
-            # An existing cluster refuses start-up options such as include_dashboard.
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        _start_or_join(_running(), say)
     _quiet()
 
 
-def _where(address: str | None) -> str:
-    if address == "local":
-        return "starting Ray on this machine"
-    return f"connecting to Ray at {address}" if address else "connecting to Ray, or starting it on this machine"
+def _start_or_join(head: str | None, say: Progress | None) -> None:
+    import ray
+
+    is_token_wanted = head is not None and _wants_token(head)
+    if say is not None:
+        say({"kind": "note", "text": f"connecting to Ray at {head}" if head else "starting Ray on this machine"})
+    # Where a token file lies, Ray sends the token to the cluster that it finds by itself, wanted or not; one that
+    # has none then never answers the driver. An address that it is given keeps it from that.
+    address = None if is_token_wanted else head
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except ConnectionError as error:
+        raise ConfigError(f"cannot connect to Ray: {str(error).splitlines()[0]}; {_remedy(is_token_wanted)}") from None
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray has put its own in place, which prints its stack
+
+
+def _running() -> str | None:
+    """The head of the cluster that Ray would connect to: HOST:PORT; None where it would start one."""
+    from ray._private.services import find_bootstrap_address
+
+    named = os.environ.get("RAY_ADDRESS")
+    if not named or named == "auto":
+        return find_bootstrap_address(None) or None
+    if named == "local":
+        return None
+    if not re.fullmatch(r".+:\d+", named) or "://" in named:
+        raise ConfigError(
+            f"RAY_ADDRESS is {named}, and should be HOST:PORT of a cluster's head, such as 10.0.0.5:6379, or local. "
+            "To work in a cluster from outside: ray job submit --address http://HEAD:8265 -- python jobs/VERB.py ..."
+        )
+    return named
+
+
+def _wants_token(head: str) -> bool:
+    """Whether the cluster asks for a token; asked without one, which takes milliseconds where Ray takes minutes.
+
+    Raises:
+        ConfigError: nobody answers there, or what `RAY_AUTH_MODE` says does not suit the cluster.
+    """
+    import grpc
+
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return mode == "token"
+    is_wanted = False
+    with grpc.insecure_channel(head, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            reply: Any = error
+            is_wanted = reply.code() is grpc.StatusCode.UNAUTHENTICATED
+            if not is_wanted:
+                raise ConfigError(f"no Ray cluster answers at {head}; {_remedy(False)}") from None
+    if is_wanted and mode != "token" and (mode or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(f"the Ray cluster at {head} wants a token; {_remedy(True)}")
+    if mode == "token" and not is_wanted:
+        raise ConfigError(f"RAY_AUTH_MODE=token is set, and the Ray cluster at {head} knows no tokens: unset it")
+    return is_wanted
+
+
+def _remedy(is_token_wanted: bool) -> str:
+    if is_token_wanted:
+        return "set RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    if os.environ.get("RAY_ADDRESS"):
+        return "is it running, and RAY_ADDRESS right?"
+    return "the one that `ray start` began here is gone: start it again, or set RAY_ADDRESS=local to do without"
 
 
 def _quiet() -> None:
@@ -110,5 +172,16 @@ def user_errors() -> Iterator[None]:
         yield
     except (RayError, UserCodeException, SystemException, TrainingFailedError) as error:
         if (cause := unwrap(error)) is not None:
-            raise cause from None
+            raise _placed(cause) from None
         raise
+
+
+def _placed(cause: RaycnnError) -> RaycnnError:
+    """A worker's trouble with the store says that it is a worker's: this process may have other credentials."""
+    import ray
+    from ray._private.worker import _global_node
+
+    if type(cause) is not StorageError or _global_node is None or _global_node.is_head():
+        return cause
+    where = f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+    return StorageError(f"{cause} (on a node of {where}: it has the environment in which Ray was started there)")

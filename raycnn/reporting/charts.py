@@ -31,7 +31,7 @@ def chart(title: str, curves: list[Curve], number: str, low: float | None = None
     values = [v for c in curves for v in c.values if math.isfinite(v)] or [0.0]
     ticks = _ticks(min(values) if low is None else low, max(values))
     frame = _Frame(len(curves[0].values), [t for t in ticks if high is None or t <= high], values)
-    labels = _apart([frame.y(c.values[-1]) for c in curves], 26)
+    labels = _apart([frame.y(c.values[-1]) for c in curves], 32)
     drawn = "".join(_line(curve, frame, number, y) for curve, y in zip(curves, labels, strict=True))
     shape = f'viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{escape(title)} by epoch"'
     return f'<svg {shape}><text x="{LEFT}" y="16" class="title">{escape(title)}</text>{frame.drawn()}{drawn}</svg>'

@@ -23,6 +23,8 @@ REPORT = "report.html"
 MATRIX_CLASSES = 30
 """Up to so many classes the whole confusion matrix is shown; beyond, the pairs that are confused most."""
 PAIRS = 30
+NAME_LENGTH = 24
+"""Longer class names are cut off in the matrix."""
 THRESHOLDS = (0.5, 0.8, 0.9, 0.96, 0.99)
 
 
@@ -61,7 +63,7 @@ def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "Ev
     history = _history(store)
     bundle = json.loads(store.get("bundle/config.json"))
     config = yaml.safe_load(store.get("config.yaml"))
-    counts = _counts(store, bundle["label_names"], evaluation)
+    counts = _counts(store, bundle, evaluation)
     sections = [
         _tiles(counts, history, bundle),
         _section("Learning curves", _curves(history)),
@@ -93,7 +95,7 @@ def _history(store: Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.get("metrics.jsonl").decode().splitlines()]
 
 
-def _counts(store: Store, class_names: Sequence[str], evaluation: "EvaluateReport | None") -> _Counts | None:
+def _counts(store: Store, bundle: Mapping[str, Any], evaluation: "EvaluateReport | None") -> _Counts | None:
     if evaluation is not None:
         return _Counts(*(getattr(evaluation, name) for name in _Counts._fields))
     from raycnn.metrics import Metrics
@@ -102,9 +104,11 @@ def _counts(store: Store, class_names: Sequence[str], evaluation: "EvaluateRepor
     checkpoints = Checkpoints(store)
     if (best := checkpoints.best()) is None:
         return None
-    metrics = Metrics.from_vector(checkpoints.load(best)["validation"], len(class_names))
-    rates = (metrics.accuracy_top1, metrics.accuracy_top5, metrics.loss, metrics.ece)
-    return _Counts("val", metrics.rows, *rates, metrics.per_class(class_names), metrics.confusion.tolist())
+    names = bundle["label_names"]
+    metrics = Metrics.from_vector(checkpoints.load(best)["validation"], len(names))
+    ece = metrics.calibration(bundle["temperature"]).ece
+    rates = (metrics.accuracy_top1, metrics.accuracy_top5, metrics.loss, ece)
+    return _Counts("val", metrics.rows, *rates, metrics.per_class(names), metrics.confusion.tolist())
 
 
 # -- the page -----------------------------------------------------------------------------------------------
@@ -155,7 +159,8 @@ def _tiles(counts: _Counts | None, history: list[dict[str, Any]], bundle: Mappin
     tiles.append(("speed", f"{history[-1]['images_per_s']:,.0f}", "training images/s, last epoch"))
     spec = bundle["image_spec"]
     size = f"{spec['height']} x {spec['width']} x {spec['channels']}"
-    tiles.append(("parameters", f"{bundle['parameters']:,}", f"input {size}, {len(bundle['label_names'])} classes"))
+    classes = f"{len(bundle['label_names']):,} classes"
+    tiles.append(("parameters", _many(bundle["parameters"]), f"input {size}, {classes}"))
     shown = (
         f'<div class="tile"><p class="quiet">{escape(name)}</p><p class="figure">{escape(value)}</p>'
         f'<p class="quiet">{escape(note)}</p></div>'
@@ -216,16 +221,23 @@ def _confusion(counts: _Counts, class_names: Sequence[str]) -> str:
 
 
 def _matrix(confusion: list[list[int]], class_names: Sequence[str]) -> str:
-    heads = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in class_names)
+    heads = "".join(f'<th scope="col"><span>{_short(name)}</span></th>' for name in class_names)
     lines = []
     for i, row in enumerate(confusion):
         total = sum(row) or 1
         cells = "".join(_cell(n, n / total, i == j, class_names[i], class_names[j]) for j, n in enumerate(row))
-        lines.append(f'<tr><th scope="row">{escape(class_names[i])}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{_short(class_names[i])}</th>{cells}</tr>')
     small = " small" if len(class_names) > 15 else ""
     long = " long" if max(map(len, class_names)) > 4 else ""
     head = f'<thead><tr><th class="corner">truth</th>{heads}</tr></thead>'
     return f'<div class="wide"><table class="matrix{small}{long}">{head}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _short(name: str) -> str:
+    """A class name that leaves room for the matrix; the whole name is its tooltip."""
+    if len(name) <= NAME_LENGTH:
+        return escape(name)
+    return f'<abbr title="{escape(name)}">{escape(name[: NAME_LENGTH - 1].rstrip())}&hellip;</abbr>'
 
 
 def _cell(count: int, share: float, is_right: bool, truth: str, said: str) -> str:
@@ -250,8 +262,8 @@ def _pair_table(pairs: list[tuple[int, int, int]], confusion: list[list[int]], c
         (escape(class_names[i]), escape(class_names[j]), f"{n:,}", _percent(n / sum(confusion[i])))
         for n, i, j in pairs[:PAIRS]
     )
-    more = f"<p>and {len(pairs) - PAIRS:,} more pairs</p>" if len(pairs) > PAIRS else ""
-    return _table(("truth", "taken for", "images", "of the class"), rows) + more
+    more = f'<p class="quiet">and {len(pairs) - PAIRS:,} more pairs</p>' if len(pairs) > PAIRS else ""
+    return _table(("truth", "taken for", "images", "of the class"), rows, "pairs") + more
 
 
 def _classes(counts: _Counts) -> str:
@@ -277,7 +289,7 @@ def _classes(counts: _Counts) -> str:
 def _bar(share: float | None) -> str:
     if share is None:
         return "-"
-    return f'<span class="bar"><i style="width:{share * 100:.1f}%"></i></span>{_percent(share)}'
+    return f'<span class="bar"><i style="width:{share * 100:.1f}%"></i></span><span>{_percent(share)}</span>'
 
 
 def _trust(validation: Mapping[str, Any]) -> str:
@@ -299,6 +311,10 @@ def _trust(validation: Mapping[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2%}"
+
+
+def _many(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count >= 1_000_000 else f"{count:,}"
 
 
 def _duration(seconds: float) -> str:
@@ -352,17 +368,22 @@ th,td{padding:5px 12px;border-bottom:1px solid var(--line);text-align:right;whit
 th{font-weight:600}
 thead th{color:var(--quiet);font-weight:500;vertical-align:bottom}
 tbody th,thead th:first-child{text-align:left}
-.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+tbody th{white-space:normal;overflow-wrap:anywhere;min-width:8ch;max-width:48ch}
+.text td,.pairs td:nth-child(2){text-align:left;white-space:normal;overflow-wrap:anywhere}
+.pairs thead th:nth-child(2){text-align:left}
+abbr{text-decoration:none}
 .text thead th{text-align:left}
-.bar{display:inline-block;width:90px;height:9px;margin-right:10px;background:var(--line);border-radius:3px}
+.bar{display:inline-block;width:90px;height:9px;background:var(--line);border-radius:3px}
+.bar+span{display:inline-block;min-width:8ch}
 .bar i{display:block;height:100%;background:var(--train);border-radius:3px}
 .matrix{border-collapse:separate;border-spacing:2px}
 .matrix th,.matrix td{border:0;padding:4px 6px;text-align:center}
 .matrix td{min-width:46px;height:32px;background:var(--card);border-radius:4px}
-.matrix tbody th{text-align:right;padding-right:10px}
+.matrix tbody th{text-align:right;padding-right:10px;white-space:nowrap}
 .matrix .corner{text-align:right;padding-right:10px}
-.matrix.small{font-size:12px}
-.matrix.small td{min-width:28px;height:26px;padding:2px}
+.matrix.small{font-size:11px;border-spacing:1px}
+.matrix.small td{min-width:23px;height:23px;padding:1px;border-radius:3px}
+.matrix.small thead th{padding:4px 0}
 .matrix.long thead span{writing-mode:vertical-rl;transform:rotate(180deg)}
 .matrix td.right{background:color-mix(in srgb,var(--right) var(--s),var(--card))}
 .matrix td.wrong{background:color-mix(in srgb,var(--wrong) var(--s),var(--card))}

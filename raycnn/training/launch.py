@@ -1,6 +1,7 @@
 """Ray Train as this project runs it: a user's mistake ends a run at once, and Ctrl-C is left alone."""
 
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +15,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from raycnn import data
 from raycnn.config import TrainConfig
 from raycnn.errors import RaycnnError, StorageError, unwrap
-from raycnn.training.rank import work
 
 ABORT_S = 5.0
 """How long Ctrl-C waits for the workers to be stopped in good order."""
@@ -42,7 +42,9 @@ class _Trainer(TorchTrainer):
         self.controller = controller
 
 
-def launch(arguments: dict[str, Any], config: TrainConfig, plan: data.TrainPlan) -> None:
+def launch(
+    work: Callable[[dict[str, Any]], None], arguments: dict[str, Any], config: TrainConfig, plan: data.TrainPlan
+) -> None:
     """Run `work(arguments)` on every training worker, to its end."""
     per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
     with tempfile.TemporaryDirectory(prefix="raycnn-train-") as scratch:

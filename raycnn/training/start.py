@@ -12,7 +12,7 @@ from raycnn.models import check_name, is_published_name, require_file
 from raycnn.shards import Collection, PackedCollection, open_collection
 from raycnn.storage import Store, contains, open_store
 from raycnn.training.folder import Checkpoints, History, claim, claimed
-from raycnn.training.rank import check_bad
+from raycnn.training.rank import check_bad, work
 
 SMALL_SIDE = 64
 """Images that are all of one size up to this side are trained on as they are."""
@@ -177,4 +177,4 @@ def _fit(config: TrainConfig, store: Store, packed: PackedCollection, spec: Imag
     from raycnn.training.launch import launch
 
     with data.Board(say) as board, data.user_errors():
-        launch(arguments | {"board": board.actor}, config, plan)
+        launch(work, arguments | {"board": board.actor}, config, plan)
