@@ -243,7 +243,7 @@ class _Canvas:
     def png(self) -> bytes:
         """The picture, cut off below what was drawn."""
         sink = io.BytesIO()
-        self._image.crop((0, 0, WIDTH, self._y + MARGIN - 28)).save(sink, "PNG", optimize=True)
+        self._image.crop((0, 0, WIDTH, self._y + MARGIN - 28)).save(sink, "PNG")
         return sink.getvalue()
 
     def _advance(self, height: int) -> None:

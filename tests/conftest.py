@@ -20,8 +20,12 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name.upper(), None)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Ends are seen sooner, and a process less is started."""
+os.environ.update(RAY_TRAIN)
 
-class SmallClusters(NamedTuple):
+
+class SmallCluster(NamedTuple):
     """The folder that the program worked in, what each of its steps made, and what its trainings told."""
 
     folder: Path
@@ -60,16 +64,16 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_clusters(tmp_path_factory: pytest.TempPathFactory) -> SmallClusters:
-    """What `small_clusters.py` did before it was killed in the middle of its last training."""
+def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> SmallCluster:
+    """What `small_cluster.py` did before it was killed in the middle of its last training."""
     folder = tmp_path_factory.mktemp("small")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Its home is where it looks for what the cluster launcher left, and where it finds nothing else of ours.
-    environment |= {"HOME": str(folder), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"} | RAY_TRAIN
     # A folder of its own, or every ray.init() on this machine would join it; a short one, for its sockets.
     own = tempfile.mkdtemp(prefix="rc", dir="/tmp")
     environment["RAY_TMPDIR"] = own
-    program = [sys.executable, str(Path(__file__).with_name("small_clusters.py")), str(folder)]
+    program = [sys.executable, str(Path(__file__).with_name("small_cluster.py")), str(folder)]
     events: list[dict[str, Any]] = []
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -83,7 +87,7 @@ def small_clusters(tmp_path_factory: pytest.TempPathFactory) -> SmallClusters:
     finally:
         kill_tree(process)
         shutil.rmtree(own, ignore_errors=True)
-    return SmallClusters(folder, {e["step"]: e for e in events if "kind" not in e}, [e for e in events if "kind" in e])
+    return SmallCluster(folder, {e["step"]: e for e in events if "kind" not in e}, [e for e in events if "kind" in e])
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raycnn import cli, demo
+from raycnn import cli
+from raycnn.demo import sources
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def first_words(lines: list[str]) -> list[str]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that the README speaks of: it holds the digits in class folders."""
     monkeypatch.chdir(tmp_path)
-    for name, png in list(demo._digits(demo._digits_file()))[:IMAGES]:
+    for name, png in list(sources.digits(sources.digits_file()))[:IMAGES]:
         (tmp_path / "digits" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "digits" / name).write_bytes(png)
     return tmp_path

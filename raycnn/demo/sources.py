@@ -50,9 +50,9 @@ def find_source(config: DemoConfig) -> Source:
         ConfigError: they are not installed, there is no such folder, or the demo's own folder lies in it.
     """
     if config.data == "digits":
-        file = _digits_file()
+        file = digits_file()
         settings = {"epochs": 12, "batch_size": 32, "learning_rate": 4e-3}
-        return Source("digits", None, lambda: _digits(file), 1797, pack={"test": 0.2}, train=settings)
+        return Source("digits", None, lambda: digits(file), 1797, pack={"test": 0.2}, train=settings)
     if config.data == "fashion-mnist":
         return _fashion_mnist()
     return _folder(config)
@@ -70,7 +70,12 @@ def _folder(config: DemoConfig) -> Source:
     return Source(url.rstrip("/").rpartition("/")[2] or "images", url, lambda: iter(()), 0, pack={}, train={})
 
 
-def _digits_file() -> Path:
+def digits_file() -> Path:
+    """Where scikit-learn keeps them.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     found = importlib.util.find_spec("sklearn")
     for folder in (found.submodule_search_locations if found else None) or ():
         if (file := Path(folder) / "datasets" / "data" / "digits.csv.gz").exists():
@@ -78,7 +83,7 @@ def _digits_file() -> Path:
     raise ConfigError("demo: the digits come with scikit-learn: pip install 'raycnn[demo]'")
 
 
-def _digits(file: Path) -> Iterator[tuple[str, bytes]]:
+def digits(file: Path) -> Iterator[tuple[str, bytes]]:
     """1,797 handwritten digits of 8 x 8 px as PNG in class folders (UCI's optical recognition set, its test half)."""
     with gzip.open(file, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)

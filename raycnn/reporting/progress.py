@@ -15,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-WINDOW_S = 30.0
+WINDOW_S = 60.0
 """Speed is measured over the images of this many last seconds, or of two reports where they come slower."""
 BURST_S = 0.5
 """Reports that come this close together count as one: workers that started together also finish together."""

@@ -1,6 +1,6 @@
-"""Every verb on clusters that have hardly any CPU. A program of its own: it starts them, and ends by being killed.
+"""Every verb on a cluster of 1 CPU. A program of its own, because it starts the cluster, and ends by being killed.
 
-python small_clusters.py FOLDER      one JSON object a line: {"step", "seconds", ...}
+python small_cluster.py FOLDER      one JSON object a line: {"step", "seconds", ...}
 """
 
 import json
@@ -24,6 +24,8 @@ from raycnn.data import board
 from raycnn.packing import pack
 from raycnn.training import train
 
+out = sys.stdout
+sys.stdout = sys.stderr  # Ray prints, too
 IMAGES = 64
 LAUNCHER = """
 max_workers: 1
@@ -48,7 +50,11 @@ def draw(folder: Path) -> None:
 def step(name: str, work: Callable[[], Any]) -> None:
     start = time.monotonic()
     made = work()
-    print(json.dumps({"step": name, "seconds": time.monotonic() - start} | made), flush=True)
+    tell({"step": name, "seconds": time.monotonic() - start} | made)
+
+
+def tell(event: dict[str, Any]) -> None:
+    print(json.dumps(event), file=out, flush=True)
 
 
 def main(folder: Path) -> None:
@@ -75,22 +81,19 @@ def main(folder: Path) -> None:
 
     def trained(where: str, **more: Any) -> dict[str, Any]:
         config = make(TrainConfig, {"data": packed, "run": where, "batch_size": 16, "epochs": 1} | more)
-        report = train(config, lambda event: print(json.dumps(event), flush=True))
-        return {"epochs": report.epochs, "resumed_at": report.resumed_at_epoch}
+        report = train(config, tell)
+        return {"epochs": report.epochs}
 
     def labelled() -> dict[str, Any]:
-        report = raycnn.label(packed, str(folder / "labels"), bundle=f"{run}-alone/bundle")
+        report = raycnn.label(packed, str(folder / "labels"), bundle=f"{run}-two/bundle")
         return {"rows": report.rows, "status": report.status}
 
-    # The Ray session's own folder is no home, so the launcher's file is found nowhere else.
     Path(data.cluster.LAUNCHED).expanduser().write_text(LAUNCHER)
     step("pack where there is no CPU yet", first_pack)
-    step("train 1 worker on 1 CPU", lambda: trained(f"{run}-alone"))
-    step("evaluate on 1 CPU", lambda: {"rows": raycnn.evaluate(f"{run}-alone/bundle", packed, split="all").rows})
-    step("label on 1 CPU", labelled)
-    step("train 2 workers on 1 CPU", lambda: trained(run, num_workers=2))
-    cluster.add_node(num_cpus=3)
-    step("resume 1 worker on 4 CPUs", lambda: trained(run, epochs=100_000))
+    step("train 2 workers", lambda: trained(f"{run}-two", num_workers=2))
+    step("evaluate", lambda: {"rows": raycnn.evaluate(f"{run}-two/bundle", packed, split="all").rows})
+    step("label", labelled)
+    step("train 1 worker for ever", lambda: trained(run, epochs=100_000))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,287 @@
+"""The demo from end to end on S3, and what is left of it when it is cut short."""
+
+import csv
+import io
+import os
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import pyarrow.dataset
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from raycnn import bundle as bundles
+from raycnn import cli, demo
+from raycnn.config import VERBS, DemoConfig, Verb, VerbConfig, make
+from raycnn.demo import DemoReport, sources
+from raycnn.errors import ConfigError, DataError
+from raycnn.shards import hash_split, open_collection
+from raycnn.storage import open_store
+
+RAYCNN = str(Path(sys.executable).with_name("raycnn"))
+
+
+def png(rng: np.random.Generator, side: int) -> bytes:
+    """An image that is lit at its top, its middle or its bottom."""
+    image = rng.integers(0, 60, (9, 9), np.uint8)
+    image[3 * side : 3 * side + 3] += 150
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 images of three classes; one of the held-out ones cannot be read."""
+    root, rng = tmp_path_factory.mktemp("demo") / "stripes", np.random.default_rng(0)
+    for side, name in enumerate(("bottom", "middle", 'top, "high"')):
+        (root / name).mkdir(parents=True)
+        for i in range(80):
+            (root / name / f"{i:03d}.png").write_bytes(png(rng, side))
+    broken = next(f"middle/b{i}.png" for i in range(1000) if hash_split(f"middle/b{i}.png", 0.1, 0.1) == "test")
+    (root / broken).write_bytes(png(rng, 1)[:40])
+    return root
+
+
+class Made(NamedTuple):
+    report: DemoReport
+    again: DemoReport
+    notes: list[str]
+    notes_again: list[str]
+    objects: dict[str, str | None]
+    objects_again: dict[str, str | None]
+    store: str
+
+
+@pytest.fixture(scope="module")
+def made(s3: Any, ray_cluster: None, stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The demo, run twice against the S3 server and the cluster of the session."""
+    store, folder = "s3://raycnn/demo", tmp_path_factory.mktemp("made")
+    config = make(DemoConfig, {"data": str(stripes), "dir": str(folder), "store": store})
+    runs: list[tuple[DemoReport, list[str], dict[str, str | None]]] = []
+    for _ in range(2):
+        notes: list[str] = []
+        report = demo.demo(config, lambda event, notes=notes: notes.append(event.get("text", "")))
+        runs.append((report, notes, {e.path: e.etag for e in open_store(store).list()}))
+    (first, notes, objects), (again, notes_again, objects_again) = runs
+    return Made(first, again, notes, notes_again, objects, objects_again, f"{store}/stripes")
+
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_every_held_out_image_has_one_label_and_the_accuracy_is_that_of_the_evaluation(made: Made):
+    report, packed = made.report, open_collection(f"{made.store}/packed")
+    held_out = sum(s.rows for s in packed.select("test", Counter()))
+    rows = pyarrow.dataset.dataset(f"{report.labels}/labels").to_table().to_pylist()
+    truth = {row["photo"]: row["class"] for row in csv.DictReader(Path(report.truth).read_text().splitlines())}
+    assert len(rows) == report.rows == held_out == len(truth)
+    assert {row["key"] for row in rows} == set(truth) == {file.name for file in Path(report.photos).iterdir()}
+    assert set(truth.values()) == {"bottom", "middle", 'top, "high"'}
+    assert sum(row["status"] != "ok" for row in rows) == 1
+    right = sum(row["class_name"] == truth[row["key"]] for row in rows)
+    assert right == report.correct == report.evaluated_correct
+    assert report.accuracy_top1 == right / (held_out - 1) > 0.9
+    assert (report.lost, report.duplicate, report.error) == (0, 0, None)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_what_it_made_lies_where_it_says(made: Made):
+    report = made.report
+    assert bundles.load(report.bundle).class_names == ("bottom", "middle", 'top, "high"')
+    for file in (*report.pictures, report.report):
+        assert Path(file).stat().st_size > 5000
+    page = Path(report.report).read_text()
+    assert f"{report.correct} of {report.evaluated_rows} test images" in page
+    assert page.count("data:image/png;base64,") == 2
+    told = "\n".join(report.readable())
+    for place in (report.report, report.bundle, report.labels, report.photos, report.truth, report.packed):
+        assert Path(place).exists()
+        assert Path(place).relative_to(report.home).as_posix() in told
+    assert [told.index(command["type"]) for command in report.next]
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_the_same_demo_again_does_nothing_twice(made: Made):
+    assert made.objects_again == made.objects
+    done = [note.strip() for note in made.notes_again if "by an earlier run" in note]
+    assert done == [f"{word} by an earlier run" for word in ("packed", "trained", "evaluated", "labelled")]
+    assert not [note for note in made.notes if "by an earlier run" in note]
+    assert replace(made.again, seconds=0.0) == replace(made.report, seconds=0.0)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_the_event_file_holds_every_epoch_up_to_the_last(made: Made):
+    (file,) = Path(made.report.home, "run", "tensorboard").iterdir()
+    content, at, steps = file.read_bytes(), 0, Counter[int]()
+    while at < len(content):
+        (size,) = struct.unpack("<Q", content[at : at + 8])
+        event = Event.FromString(content[at + 12 : at + 12 + size])
+        steps.update([event.step] * any(value.tag == "val/loss" for value in event.summary.value))
+        at += size + 16
+    assert len(steps) == 10
+    assert set(steps.values()) == {1}
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> dict[str, Any]:
+    """The settings that a command line becomes."""
+    seen: list[VerbConfig] = []
+    verb = VERBS[words[0]]
+    monkeypatch.setitem(VERBS, words[0], Verb(verb.schema, __name__, "note_settings"))
+    monkeypatch.setattr(sys.modules[__name__], "note_settings", seen.append, raising=False)
+    assert cli.run(words) == 0
+    return seen[0].model_dump()
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_the_three_commands_that_it_ends_with_are_valid_and_their_inputs_exist(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+):
+    commands = [shlex.split(command["type"]) for command in made.report.next]
+    assert [words[:2] for words in commands] == [["raycnn", verb] for verb in ("label", "serve", "train")]
+    settings = [parsed(monkeypatch, words[1:]) for words in commands]
+    inputs = [settings[0]["data"], settings[0]["bundle"], *settings[1]["bundle"], settings[2]["data"]]
+    assert all(Path(path).is_dir() for path in inputs)
+    assert not Path(settings[0]["out"]).exists()
+    assert not Path(settings[2]["run"]).exists()
+    photo = made.report.next[1]["to"].partition("@")[2].split()[0]
+    assert Path(photo).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_labels_that_differ_from_the_evaluation_are_an_error(made: Made):
+    for wrong in ({"correct": made.report.correct - 1}, {"lost": 1}, {"duplicate": 2}):
+        error = replace(made.report, **wrong).error
+        assert isinstance(error, DataError)
+        assert error.exit_code == 3
+
+
+def alive(processes: list[psutil.Process]) -> list[str]:
+    return [p.name() for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def all_gone(processes: list[psutil.Process], seconds: float) -> bool:
+    give_up = time.monotonic() + seconds
+    while alive(processes) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    return not alive(processes)
+
+
+def started(folder: Path, temporary: Path) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
+    return subprocess.Popen(
+        [RAYCNN, "demo", "--dir", str(folder)],
+        env=environment | {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def family_at(process: subprocess.Popen[str], note: str, wanted: str) -> list[psutil.Process]:
+    """What the program has started, once it has said `note` and a process called `wanted` runs."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if note in line:
+            break
+    else:
+        pytest.fail("".join(said))
+    while process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        if any(wanted in name for name in map(_name, family)):
+            return family
+        time.sleep(0.05)
+    pytest.fail("".join([*said, *process.stderr]))
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A temporary folder with a name that is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_killed_or_interrupted_it_leaves_no_process_and_no_temporary_folder(tmp_path: Path, short_tmp: Path):
+    killed = started(tmp_path / "demo", short_tmp)
+    family = family_at(killed, "1/7", "weed")
+    killed.kill()
+    killed.wait()
+    assert all_gone(family, 10), alive(family)
+
+    interrupted = started(tmp_path / "demo", short_tmp)
+    family = family_at(interrupted, "starting Ray", "ray::")
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.stderr is not None
+    said = interrupted.stderr.read().splitlines()
+    assert interrupted.wait(timeout=60) == cli.INTERRUPTED
+    assert said[-1] == "raycnn: interrupted; the same command again resumes"
+    assert not [line for line in said if "Traceback" in line]
+    assert all_gone(family, 30), alive(family)
+    assert [path.name for path in short_tmp.iterdir() if path.name.startswith(("raycnn", "seaweed"))] == []
+
+
+def found(**settings: str) -> sources.Source:
+    return sources.find_source(make(DemoConfig, settings))
+
+
+def test_data_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match=r"no such data 'digit': choose digits, fashion-mnist, or a folder"):
+        found(data="digit")
+    monkeypatch.setattr(sources, "FASHION_MNIST", tmp_path)
+    with pytest.raises(ConfigError, match="apt-get install dataset-fashion-mnist"):
+        found(data="fashion-mnist")
+    with pytest.raises(ConfigError, match="add --store FOLDER"):
+        found(data="s3://bucket/photos")
+
+
+def test_folders_inside_each_other_are_refused(stripes: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="give another folder with --dir"):
+        found(data=str(stripes), dir=str(stripes / "demo"))
+    config = {"data": str(stripes), "dir": str(tmp_path), "store": str(tmp_path)}
+    with pytest.raises(ConfigError, match="lie inside each other"):
+        demo.demo(make(DemoConfig, config))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_are_printed_as_the_program_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "my bin" / "raycnn"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(program), "demo"])
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert shlex.split(demo._next_commands(tmp_path, "0.png")[0]["type"])[0] == str(program)
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert shlex.split(demo._next_commands(tmp_path, "0.png")[0]["type"])[0] == "raycnn"
