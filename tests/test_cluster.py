@@ -5,8 +5,6 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,12 +13,12 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from conftest import free_ports, kill_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(60)]
 
@@ -200,14 +198,6 @@ def clean_environment(home: Path, **changes: str) -> dict[str, str]:
     return kept | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | changes
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def start(command: str, home: Path, log: Path, **changes: str) -> subprocess.Popen[bytes]:
     """Run a start command in a process group of its own, in the foreground."""
     own_session = f" --block --object-manager-port=0 --min-worker-port=0 --max-worker-port=0 --temp-dir={home}/r"
@@ -228,18 +218,6 @@ def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
         assert process.poll() is None, log.read_text(errors="replace")
         assert time.monotonic() < deadline, log.read_text(errors="replace")
         time.sleep(0.1)
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill what the process has started, whatever session it moved to; it must still be running for that."""
-    import psutil  # Ray brings it along, and finds it for those who have imported Ray.
-
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def without_aws(gcs: int) -> dict[str, Any]:

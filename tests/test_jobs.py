@@ -1,16 +1,18 @@
-"""The verbs as jobs on a cluster that `ray start --head` made, and the endpoint on the same cluster."""
+"""The verbs as jobs on a cluster that `ray start --head` made, typed beside it, and the endpoint on that cluster."""
 
 import io
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +20,10 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import kill_tree
+from conftest import free_ports, kill_tree
 from PIL import Image
 
+import raycnn
 from raycnn.s3local import S3Server
 from raycnn.storage import open_store
 
@@ -29,58 +32,88 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 URL = "s3://raycnn/jobs"
-CHAIN = (
-    ("pack", f"{URL}/raw", f"{URL}/packed"),
-    ("train", f"{URL}/packed", f"{URL}/run", "--epochs", "2"),
-    ("evaluate", f"{URL}/run/bundle", f"{URL}/packed"),
-    ("label", f"{URL}/raw", f"{URL}/labels", "--bundle", f"{URL}/run/bundle"),
-)
+BUNDLE = f"{URL}/run/bundle"
+PACK = ("pack", f"{URL}/raw", f"{URL}/packed", "--json")
+TRAIN = ("train", f"{URL}/packed", f"{URL}/run", "--epochs", "2", "--json")
+EVALUATE = ("evaluate", BUNDLE, f"{URL}/packed", "--json")
+LABEL = ("label", f"{URL}/raw", f"{URL}/labels", "--bundle", BUNDLE, "--json")
+MANY = ("label", "s3://raycnn/many/raw", "s3://raycnn/many/labels", "--bundle", BUNDLE, "--json")
+
+Program = subprocess.Popen[str]
 
 
 class Cluster(NamedTuple):
-    dashboard: int
+    """A running head; `environment` is that of the shell that started it, `beside` that of another one."""
+
+    gcs: int
+    api: str
     environment: dict[str, str]
+    beside: dict[str, str]
 
-    def submit(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, verb: str, *arguments: str, options: tuple[str, ...] = ()) -> Program:
         """`ray job submit -- python VERB.py ARGUMENTS`, as the README gives it."""
-        command = [BIN / "ray", "job", "submit", "--working-dir", "jobs", "--", "python", f"{verb}.py", *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        work = ("--working-dir", "jobs", "--", "python", f"{verb}.py", *arguments)
+        return start("ray", "job", "submit", *options, *work, environment=self.environment)
 
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
+        """What the job server answers."""
+        with urllib.request.urlopen(urllib.request.Request(self.api + path, method=method), timeout=30) as reply:
+            return json.load(reply)
 
 
 @pytest.fixture(scope="module")
 def cluster(s3: S3Server) -> Iterator[Cluster]:
-    """`ray start --head` with 2 CPUs in an environment that knows the S3 server; its home holds no token."""
-    home = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))
+    """`ray start --head` with 2 CPUs in an environment that knows the S3 server; its home holds no token.
+
+    The home of the other shell holds the token that a Ray started there before has left.
+    """
+    home = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short: the paths of sockets have to be
+    (home / "beside" / ".ray").mkdir(parents=True)
+    (home / "beside" / ".ray" / "auth_token").write_text("0" * 64)
     gcs, dashboard, client, agent = free_ports(4)
+    api = f"http://127.0.0.1:{dashboard}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={home}/r"]
+    environment |= {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_API_SERVER_ADDRESS": api}
+    environment |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # a busy machine does not import in the usual 5 s
+    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--dashboard-agent-listen-port={agent}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--dashboard-agent-listen-port={agent}"]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    found = environment | {
-        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-    }
     try:
         while "Ray runtime started" not in (home / "log").read_text():
             assert process.poll() is None, (home / "log").read_text()
             time.sleep(0.1)
-        yield Cluster(dashboard, found)
+        yield Cluster(gcs, api, environment, environment | {"HOME": str(home / "beside")})
     finally:
         kill_tree(process)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def start(*command: str, environment: dict[str, str]) -> Program:
+    return subprocess.Popen(
+        [BIN / command[0], *command[1:]],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def report(job: Program) -> dict[str, Any]:
+    """The JSON object that a job printed last, before what `ray job submit` adds."""
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, out + err
+    assert "Traceback" not in out
+    told = [line for line in out.splitlines() if " -- " not in line]  # the others are Ray's
+    return json.loads(told[-1])
+
+
+def etags(url: str) -> dict[str, str]:
+    return {e.path: e.etag for e in open_store(url).list()}
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +131,12 @@ def raw(s3: S3Server) -> dict[str, bytes]:
     return files
 
 
-def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The JSON object that a job printed last, before what `ray job submit` adds."""
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
-
-
 @pytest.fixture(scope="module")
 def first(cluster: Cluster, raw: dict[str, bytes]) -> dict[str, dict[str, Any]]:
     """What each verb of the chain reported."""
-    return {verb: report(cluster.submit(verb, *arguments, "--json")) for verb, *arguments in CHAIN}
+    found = {"pack": report(cluster.submit(*PACK)), "train": report(cluster.submit(*TRAIN))}
+    together = {"evaluate": cluster.submit(*EVALUATE), "label": cluster.submit(*LABEL)}
+    return found | {verb: report(job) for verb, job in together.items()}
 
 
 def test_the_chain_runs_as_jobs(first: dict[str, dict[str, Any]], raw: dict[str, bytes]):
@@ -118,63 +147,112 @@ def test_the_chain_runs_as_jobs(first: dict[str, dict[str, Any]], raw: dict[str,
 
 
 def test_the_same_jobs_again_find_nothing_to_do(cluster: Cluster, first: dict[str, dict[str, Any]]):
-    before = {e.path: e.etag for e in open_store(URL).list()}
-    again = {verb: report(cluster.submit(verb, *arguments, "--json")) for verb, *arguments in CHAIN}
-    assert {e.path: e.etag for e in open_store(URL).list()} == before
-    assert again["pack"]["shards_written"] == 0
-    assert again["train"]["resumed_at_epoch"] == 2
-    assert again["label"]["units_written"] == 0
-    assert again["evaluate"]["confusion"] == first["evaluate"]["confusion"]
+    before = etags(URL)
+    jobs = [cluster.submit(*arguments) for arguments in (PACK, TRAIN, EVALUATE, LABEL)]
+    pack, train, evaluate, label = map(report, jobs)
+    assert etags(URL) == before
+    assert pack["shards_written"] == 0
+    assert train["resumed_at_epoch"] == 2
+    assert label["units_written"] == 0
+    assert evaluate["confusion"] == first["evaluate"]["confusion"]
 
 
 def test_a_job_of_a_user_who_mistyped_fails_with_the_line_that_says_so(cluster: Cluster):
-    done = cluster.submit("pack", f"{URL}/nothing", f"{URL}/x")
-    assert done.returncode == 1
-    assert "no images there; check the path" in done.stdout
-    assert "Traceback" not in done.stdout
-    assert "exit code 3" in done.stdout + done.stderr
+    job = cluster.submit("pack", f"{URL}/nothing", f"{URL}/x", options=("--submission-id", "mistyped"))
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert f"\nraycnn: {URL}/nothing: no images there; check the path" in out
+    assert "Traceback" not in out + err
+    assert cluster.ask("/api/jobs/mistyped")["driver_exit_code"] == 3
+    assert not etags(f"{URL}/x")
+
+
+def test_a_job_that_was_stopped_is_finished_by_the_same_command_in_another_shell(
+    cluster: Cluster, first: dict[str, dict[str, Any]]
+):
+    rows, store = 12 * 2048, open_store("s3://raycnn/many")
+    header = np.array([0x803, rows, 8, 8], ">u4").tobytes()
+    store.put("raw/t10k-images-idx3-ubyte", header + np.random.default_rng(0).bytes(rows * 64))
+    cluster.submit(*MANY, options=("--submission-id", "many", "--no-wait")).communicate(timeout=60)
+    while not any(True for _ in store.list("labels/labels/")):
+        assert cluster.ask("/api/jobs/many")["status"] in ("PENDING", "RUNNING")
+        time.sleep(0.05)
+    cluster.ask("/api/jobs/many/stop", "POST")
+    while (status := cluster.ask("/api/jobs/many")["status"]) == "RUNNING":
+        time.sleep(0.05)
+    assert status == "STOPPED"
+    log = cluster.ask("/api/jobs/many/logs")["logs"]
+    assert log.splitlines()[-1] == "raycnn: interrupted; the same command again resumes"
+    assert "Traceback" not in log
+    committed = etags("s3://raycnn/many/labels")
+    parts = sum(path.startswith("labels/") for path in committed)
+
+    beside = start("raycnn", *MANY, environment=cluster.beside)
+    out, err = beside.communicate(timeout=120)
+    assert beside.returncode == 0, err
+    assert re.search(rf"^connecting to Ray at \S+:{cluster.gcs}$", err, re.MULTILINE)
+    resumed = json.loads(out)
+    assert resumed["rows"] == rows
+    assert 1 <= parts < resumed["units"]
+    assert 1 <= resumed["units_written"] <= resumed["units"] - parts
+    assert committed.items() <= etags("s3://raycnn/many/labels").items()
+    proof = raycnn.verify("s3://raycnn/many/labels")
+    assert (proof.error, proof.present) == (None, rows)
+
+
+@contextmanager
+def running(ready: str, *command: str, environment: dict[str, str]) -> Iterator[Program]:
+    """A program that has said on standard error that it is ready; it must end by itself when it is told to."""
+    program = start(*command, environment=environment)
+    assert program.stderr is not None
+    said = []
+    try:
+        for line in program.stderr:
+            said.append(line)
+            if ready in line:
+                break
+        else:
+            pytest.fail("".join(said))
+        yield program
+    finally:
+        if program.poll() is None:
+            os.killpg(program.pid, signal.SIGKILL)
 
 
 def test_serve_run_answers_as_the_labels_say(cluster: Cluster, first: dict[str, dict[str, Any]], raw: dict[str, bytes]):
     (port,) = free_ports(1)
-    config = Path(tempfile.mkdtemp()) / "serve.yaml"
-    application = {
-        "name": "raycnn",
-        "route_prefix": "/",
-        "import_path": "raycnn.serving:app",
-        "args": {"bundle": f"{URL}/run/bundle"},
-    }
-    config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
-    process = subprocess.Popen(
-        [BIN / "serve", "run", str(config)], env=cluster.environment, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
+    listening = start("serve", "start", "--http-port", str(port), environment=cluster.environment)
+    assert listening.wait(60) == 0
+    command = ("serve", "run", "raycnn.serving:app", f"bundle={BUNDLE}")
+    with running("is ready at", *command, environment=cluster.environment) as endpoint:
+        store = open_store(f"{URL}/labels")
+        parts = [io.BytesIO(store.get(e.path)) for e in store.list("labels/")]
+        rows = {row["key"]: row for part in parts for row in pq.read_table(part).to_pylist()}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            wait_until_ready(client, process)
-            rows = label_rows()
             for key in ("left/001.png", "right/000.png"):
                 reply = client.post("/v1/classify", content=raw[key]).json()
                 assert reply["class_name"] == rows[key]["class_name"]
                 assert reply["probability"] == pytest.approx(rows[key]["probability"], abs=1e-5)
-            assert client.post("/v1/classify", content=b"nonsense").status_code == 422
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        shutil.rmtree(config.parent)
+        other = start("raycnn", "serve", "--bundle", BUNDLE, environment=cluster.beside)
+        assert "this cluster runs Ray Serve already, with default: " in other.communicate(timeout=60)[1]
+        assert other.returncode == 2
+        endpoint.send_signal(signal.SIGINT)
+        endpoint.communicate(timeout=60)
 
 
-def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    while True:
-        assert process.poll() is None
-        try:
-            if client.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-
-
-def label_rows() -> dict[str, dict[str, Any]]:
-    store = open_store(f"{URL}/labels")
-    parts = [e.path for e in store.list("labels/")]
-    return {row["key"]: row for path in parts for row in pq.read_table(io.BytesIO(store.get(path))).to_pylist()}
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_raycnn_serve_answers_until_it_is_told_to_end(
+    number: signal.Signals, cluster: Cluster, first: dict[str, dict[str, Any]], raw: dict[str, bytes]
+):
+    (port,) = free_ports(1)
+    command = ("raycnn", "serve", "--bundle", f"photos={BUNDLE}", "--port", str(port), "--json")
+    url = f"http://127.0.0.1:{port}"
+    with running(f"ready {url}/v1/classify photos\n", *command, environment=cluster.beside) as endpoint:
+        assert httpx.post(f"{url}/v1/classify", content=raw["left/001.png"]).json()["class_name"] == "left"
+        assert httpx.post(f"{url}/v1/classify", content=b"nonsense").status_code == 422
+        endpoint.send_signal(number)
+        out, err = endpoint.communicate(timeout=60)
+    assert (endpoint.returncode, err) == (0, "")
+    assert json.loads(out) == {"address": url, "models": {"photos": BUNDLE}}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/livez")
