@@ -64,10 +64,15 @@ class S3Server:
     def __enter__(self) -> Self:
         program = _weed()
         self._dir = self._keep or Path(tempfile.mkdtemp(prefix="raycnn-s3-"))
-        self._dir.mkdir(parents=True, exist_ok=True)
         try:
+            self._dir.mkdir(parents=True, exist_ok=True)
             if not any(self._start(program) for _ in range(TRIES)):
                 raise StorageError(f"the local S3 server does not start: {self._last_words()}")
+        except OSError as error:
+            self._stop()
+            raise StorageError(
+                f"the local S3 server cannot keep its data in {self._dir}: {error.strerror}; name another folder"
+            ) from None
         except BaseException:
             self._stop()
             raise

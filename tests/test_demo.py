@@ -27,7 +27,7 @@ from raycnn import bundle as bundles
 from raycnn import cli, demo
 from raycnn.config import VERBS, DemoConfig, Verb, VerbConfig, make
 from raycnn.demo import DemoReport, sources
-from raycnn.errors import ConfigError, DataError
+from raycnn.errors import ConfigError, DataError, StorageError
 from raycnn.shards import hash_split, open_collection
 from raycnn.storage import open_store
 
@@ -264,6 +264,12 @@ def test_data_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, monkeypa
         found(data="fashion-mnist")
     with pytest.raises(ConfigError, match="add --store FOLDER"):
         found(data="s3://bucket/photos")
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot keep its data in .*/file/s3: Not a directory; name another folder"):
+        demo.demo(make(DemoConfig, {"dir": str(tmp_path / "file")}))
 
 
 def test_folders_inside_each_other_are_refused(stripes: Path, tmp_path: Path):
