@@ -58,7 +58,7 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
 
     from raycnn import data
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     data.connect()
     yield
     ray.shutdown()

@@ -28,6 +28,7 @@ from raycnn import cli, demo
 from raycnn.config import VERBS, DemoConfig, Verb, VerbConfig, make
 from raycnn.demo import DemoReport, sources
 from raycnn.errors import ConfigError, DataError, StorageError
+from raycnn.s3local import S3Server
 from raycnn.shards import hash_split, open_collection
 from raycnn.storage import open_store
 
@@ -268,8 +269,9 @@ def test_data_that_is_not_there_is_told_with_the_remedy(tmp_path: Path, monkeypa
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot keep its data in .*/file/s3: Not a directory; name another folder"):
-        demo.demo(make(DemoConfig, {"dir": str(tmp_path / "file")}))
+    told = r"cannot keep its data in .*/file/s3: Not a directory; name another folder"
+    with pytest.raises(StorageError, match=told), S3Server(tmp_path / "file" / "s3"):
+        pass
 
 
 def test_folders_inside_each_other_are_refused(stripes: Path, tmp_path: Path):
