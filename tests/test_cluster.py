@@ -331,3 +331,44 @@ def test_no_node_starts_without_the_token(cluster: Cluster, empty_home: Path):
     finally:
         for process in tries:
             kill_tree(process)
+
+
+CONNECT = """
+import sys
+from raycnn import data, errors
+try:
+    data.connect()
+except errors.ConfigError as error:
+    sys.exit(str(error))
+"""
+
+
+def refusal(**environment: str) -> str:
+    """What `data.connect` says in an environment in which it must not connect."""
+    command = [sys.executable, "-c", CONNECT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_a_verb_learns_at_once_that_the_cluster_wants_a_token(cluster: Cluster):
+    address = f"127.0.0.1:{cluster.gcs}"
+    told = refusal(**cluster.environment(RAY_ADDRESS=address))
+    assert told.startswith(f"the Ray cluster at {address} wants a token; set RAY_AUTH_MODE=token")
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [("http://127.0.0.1:8265", "should be HOST:PORT"), ("127.0.0.1:1", "is it running, and RAY_ADDRESS right?")],
+)
+def test_an_address_without_a_cluster_is_told_at_once(empty_home: Path, address: str, remedy: str):
+    told = refusal(**clean_environment(empty_home, RAY_ADDRESS=address))
+    assert address in told
+    assert remedy in told
+
+
+def test_a_cluster_of_this_machine_that_is_gone_is_told_at_once(empty_home: Path):
+    (empty_home / "ray").mkdir()
+    (empty_home / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    told = refusal(**clean_environment(empty_home, RAY_TMPDIR=str(empty_home)))
+    assert told.startswith("no Ray cluster answers at 127.0.0.1:1; the one that `ray start` began here is gone")

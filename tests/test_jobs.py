@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import free_ports, kill_tree
+from conftest import RAY_TRAIN, free_ports, kill_tree
 from PIL import Image
 
 import raycnn
@@ -36,8 +37,9 @@ BUNDLE = f"{URL}/run/bundle"
 PACK = ("pack", f"{URL}/raw", f"{URL}/packed", "--json")
 TRAIN = ("train", f"{URL}/packed", f"{URL}/run", "--epochs", "2", "--json")
 EVALUATE = ("evaluate", BUNDLE, f"{URL}/packed", "--json")
-LABEL = ("label", f"{URL}/raw", f"{URL}/labels", "--bundle", BUNDLE, "--json")
-MANY = ("label", "s3://raycnn/many/raw", "s3://raycnn/many/labels", "--bundle", BUNDLE, "--json")
+LABEL = ("label", f"{URL}/photos", f"{URL}/labels", "--bundle", BUNDLE, "--json")
+MISTYPED = ("pack", f"{URL}/rwa", f"{URL}/packed2", "--json")
+ROWS = 6 * 2048
 
 Program = subprocess.Popen[str]
 
@@ -50,15 +52,32 @@ class Cluster(NamedTuple):
     environment: dict[str, str]
     beside: dict[str, str]
 
-    def submit(self, verb: str, *arguments: str, options: tuple[str, ...] = ()) -> Program:
+    def submit(self, verb: str, *arguments: str) -> Program:
         """`ray job submit -- python VERB.py ARGUMENTS`, as the README gives it."""
         work = ("--working-dir", "jobs", "--", "python", f"{verb}.py", *arguments)
-        return start("ray", "job", "submit", *options, *work, environment=self.environment)
+        return start("ray", "job", "submit", *work, environment=self.environment)
 
-    def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
-        """What the job server answers."""
-        with urllib.request.urlopen(urllib.request.Request(self.api + path, method=method), timeout=30) as reply:
-            return json.load(reply)
+    def post(self, verb: str, *arguments: str) -> str:
+        """What that command sends, without the seconds that it takes to start; returns the job's id."""
+        (uploaded, *_) = {job["runtime_env"]["working_dir"] for job in self.ask("/api/jobs/") if job["runtime_env"]}
+        entrypoint = shlex.join(["python", f"{verb}.py", *arguments])
+        job = {"entrypoint": entrypoint, "runtime_env": {"working_dir": uploaded}}
+        return self.ask("/api/jobs/", job)["submission_id"]
+
+    def wait(self, job: str, status: str) -> list[str]:
+        """The lines that a job had printed when it came to its end."""
+        while (now := self.ask(f"/api/jobs/{job}")["status"]) in ("PENDING", "RUNNING"):
+            time.sleep(0.1)
+        lines = self.ask(f"/api/jobs/{job}/logs")["logs"].splitlines()
+        assert now == status, lines
+        return lines
+
+    def ask(self, path: str, content: dict[str, Any] | None = None, method: str | None = None) -> Any:
+        """What the dashboard answers to a GET, or to a POST where there is content."""
+        body = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(self.api + path, body, method=method)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read() or "null")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +92,7 @@ def cluster(s3: S3Server) -> Iterator[Cluster]:
     gcs, dashboard, client, agent = free_ports(4)
     api = f"http://127.0.0.1:{dashboard}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= RAY_TRAIN | {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_API_SERVER_ADDRESS": api}
     environment |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # a busy machine does not import in the usual 5 s
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0"]
@@ -116,88 +135,110 @@ def etags(url: str) -> dict[str, str]:
     return {e.path: e.etag for e in open_store(url).list()}
 
 
+class Chain(NamedTuple):
+    """What became of the jobs, each submitted when the one before it had ended."""
+
+    reports: dict[str, dict[str, Any]]
+    mistyped: str
+    stopped: list[str]
+    committed: dict[str, str]
+
+
 @pytest.fixture(scope="module")
-def raw(s3: S3Server) -> dict[str, bytes]:
-    """Images on S3 that are lit on their left or on their right half."""
-    store, rng, files = open_store(f"{URL}/raw"), np.random.default_rng(0), {}
+def images(s3: S3Server) -> np.ndarray:
+    """Images that are lit on their right half or, the odd ones, on their left; 160 in class folders, all in one IDX."""
+    pixels = np.random.default_rng(0).integers(0, 60, (ROWS, 8, 8), np.uint8)
+    pixels[0::2, :, 4:] += 150
+    pixels[1::2, :, :4] += 150
+    store = open_store(URL)
     for i in range(160):
-        image = rng.integers(0, 60, (8, 8), np.uint8)
-        image[:, : 4 if i % 2 else 8][:, -4:] += 150
-        sink = io.BytesIO()
-        Image.fromarray(image).save(sink, "PNG")
-        files[f"{'left' if i % 2 else 'right'}/{i:03d}.png"] = sink.getvalue()
-    for name, encoded in files.items():
-        store.put(name, encoded)
-    return files
+        store.put(f"raw/{'left' if i % 2 else 'right'}/{i:03d}.png", png(pixels[i]))
+    store.put("photos/t10k-images-idx3-ubyte", np.array([0x803, ROWS, 8, 8], ">u4").tobytes() + pixels.tobytes())
+    return pixels
+
+
+def png(pixels: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
 
 
 @pytest.fixture(scope="module")
-def first(cluster: Cluster, raw: dict[str, bytes]) -> dict[str, dict[str, Any]]:
-    """What each verb of the chain reported."""
-    found = {"pack": report(cluster.submit(*PACK)), "train": report(cluster.submit(*TRAIN))}
-    together = {"evaluate": cluster.submit(*EVALUATE), "label": cluster.submit(*LABEL)}
-    return found | {verb: report(job) for verb, job in together.items()}
+def chain(cluster: Cluster, images: np.ndarray) -> Chain:
+    """pack, train, evaluate, label; the first label job is stopped when it has committed a part."""
+    reports = {"pack": report(cluster.submit(*PACK))}
+    mistyped = cluster.post(*MISTYPED)
+    reports["train"] = report(cluster.submit(*TRAIN))
+    evaluate, label = cluster.submit(*EVALUATE), cluster.post(*LABEL)
+    while not any(path.startswith("labels/") for path in etags(f"{URL}/labels")):
+        assert cluster.ask(f"/api/jobs/{label}")["status"] in ("PENDING", "RUNNING")
+        time.sleep(0.05)
+    cluster.ask(f"/api/jobs/{label}/stop", {})
+    stopped, committed = cluster.wait(label, "STOPPED"), etags(f"{URL}/labels")
+    reports |= {"evaluate": report(evaluate), "label": report(cluster.submit(*LABEL))}
+    return Chain(reports, mistyped, stopped, committed)
 
 
-def test_the_chain_runs_as_jobs(first: dict[str, dict[str, Any]], raw: dict[str, bytes]):
-    assert first["pack"]["rows"] == len(raw)
-    assert first["train"]["epochs"] == 2
-    assert first["evaluate"]["rows"] == first["pack"]["splits"]["test"]
-    assert (first["label"]["rows"], first["label"]["status"]) == (len(raw), {"ok": len(raw)})
+def test_the_chain_runs_as_jobs(chain: Chain):
+    pack, train, evaluate, label = (chain.reports[verb] for verb in ("pack", "train", "evaluate", "label"))
+    assert pack["status"] == {"ok": 160}
+    assert train["epochs"] == 2
+    assert evaluate["rows"] == pack["splits"]["test"]
+    assert label["status"] == {"ok": ROWS}
 
 
-def test_the_same_jobs_again_find_nothing_to_do(cluster: Cluster, first: dict[str, dict[str, Any]]):
+def test_a_job_of_a_user_who_mistyped_fails_with_the_line_that_says_so(cluster: Cluster, chain: Chain):
+    lines = cluster.wait(chain.mistyped, "FAILED")
+    assert lines[-1].startswith(f"raycnn: {MISTYPED[1]}: no images there; check the path")
+    assert not any("Traceback" in line for line in lines)
+    assert cluster.ask(f"/api/jobs/{chain.mistyped}")["driver_exit_code"] == 3
+    assert not etags(MISTYPED[2])
+
+
+def test_a_job_that_was_stopped_is_finished_by_the_same_command(chain: Chain):
+    assert chain.stopped[-1] == "raycnn: interrupted; the same command again resumes"
+    assert not any("Traceback" in line for line in chain.stopped)
+    label, parts = chain.reports["label"], sum(path.startswith("labels/") for path in chain.committed)
+    assert 1 <= parts < label["units"]
+    assert 1 <= label["units_written"] <= label["units"] - parts
+    assert chain.committed.items() <= etags(f"{URL}/labels").items()
+    proof = raycnn.verify(f"{URL}/labels")
+    assert (proof.error, proof.present) == (None, ROWS)
+
+
+def test_the_same_jobs_again_find_nothing_to_do(cluster: Cluster, chain: Chain):
     before = etags(URL)
-    jobs = [cluster.submit(*arguments) for arguments in (PACK, TRAIN, EVALUATE, LABEL)]
-    pack, train, evaluate, label = map(report, jobs)
+    jobs = [cluster.post(*arguments) for arguments in (PACK, TRAIN, LABEL)]
+    pack, train, label = (json.loads(cluster.wait(job, "SUCCEEDED")[-1]) for job in jobs)
     assert etags(URL) == before
     assert pack["shards_written"] == 0
     assert train["resumed_at_epoch"] == 2
     assert label["units_written"] == 0
-    assert evaluate["confusion"] == first["evaluate"]["confusion"]
 
 
-def test_a_job_of_a_user_who_mistyped_fails_with_the_line_that_says_so(cluster: Cluster):
-    job = cluster.submit("pack", f"{URL}/nothing", f"{URL}/x", options=("--submission-id", "mistyped"))
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 1
-    assert f"\nraycnn: {URL}/nothing: no images there; check the path" in out
-    assert "Traceback" not in out + err
-    assert cluster.ask("/api/jobs/mistyped")["driver_exit_code"] == 3
-    assert not etags(f"{URL}/x")
-
-
-def test_a_job_that_was_stopped_is_finished_by_the_same_command_in_another_shell(
-    cluster: Cluster, first: dict[str, dict[str, Any]]
-):
-    rows, store = 12 * 2048, open_store("s3://raycnn/many")
-    header = np.array([0x803, rows, 8, 8], ">u4").tobytes()
-    store.put("raw/t10k-images-idx3-ubyte", header + np.random.default_rng(0).bytes(rows * 64))
-    cluster.submit(*MANY, options=("--submission-id", "many", "--no-wait")).communicate(timeout=60)
-    while not any(True for _ in store.list("labels/labels/")):
-        assert cluster.ask("/api/jobs/many")["status"] in ("PENDING", "RUNNING")
-        time.sleep(0.05)
-    cluster.ask("/api/jobs/many/stop", "POST")
-    while (status := cluster.ask("/api/jobs/many")["status"]) == "RUNNING":
-        time.sleep(0.05)
-    assert status == "STOPPED"
-    log = cluster.ask("/api/jobs/many/logs")["logs"]
-    assert log.splitlines()[-1] == "raycnn: interrupted; the same command again resumes"
-    assert "Traceback" not in log
-    committed = etags("s3://raycnn/many/labels")
-    parts = sum(path.startswith("labels/") for path in committed)
-
-    beside = start("raycnn", *MANY, environment=cluster.beside)
-    out, err = beside.communicate(timeout=120)
-    assert beside.returncode == 0, err
+def test_a_verb_typed_beside_the_cluster_works_on_it_and_says_so(cluster: Cluster, chain: Chain):
+    evaluate = start("raycnn", *EVALUATE, environment=cluster.beside)
+    out, err = evaluate.communicate(timeout=120)
+    assert evaluate.returncode == 0, err
     assert re.search(rf"^connecting to Ray at \S+:{cluster.gcs}$", err, re.MULTILINE)
-    resumed = json.loads(out)
-    assert resumed["rows"] == rows
-    assert 1 <= parts < resumed["units"]
-    assert 1 <= resumed["units_written"] <= resumed["units"] - parts
-    assert committed.items() <= etags("s3://raycnn/many/labels").items()
-    proof = raycnn.verify("s3://raycnn/many/labels")
-    assert (proof.error, proof.present) == (None, rows)
+    assert json.loads(out)["confusion"] == chain.reports["evaluate"]["confusion"]
+
+
+def test_serve_run_answers_as_the_labels_say(cluster: Cluster, chain: Chain, images: np.ndarray):
+    (port,) = free_ports(1)  # `serve run` has no option for it; Serve that runs already keeps its own
+    nothing = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": []}
+    cluster.ask("/api/serve/applications/", nothing, "PUT")
+    store = open_store(f"{URL}/labels")
+    part = pq.read_table(io.BytesIO(store.get(min(e.path for e in store.list("labels/"))))).to_pylist()
+    command = ("serve", "run", "raycnn.serving:app", f"bundle={BUNDLE}")
+    with running("is ready at", *command, environment=cluster.environment) as endpoint:
+        for row in part[:2]:
+            image = png(images[int(row["key"].rpartition("#")[2])])
+            reply = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=image, timeout=30).json()
+            assert reply["class_name"] == row["class_name"]
+            assert reply["probability"] == pytest.approx(row["probability"], abs=1e-5)
+        endpoint.send_signal(signal.SIGINT)
+        endpoint.communicate(timeout=60)
 
 
 @contextmanager
@@ -217,42 +258,3 @@ def running(ready: str, *command: str, environment: dict[str, str]) -> Iterator[
     finally:
         if program.poll() is None:
             os.killpg(program.pid, signal.SIGKILL)
-
-
-def test_serve_run_answers_as_the_labels_say(cluster: Cluster, first: dict[str, dict[str, Any]], raw: dict[str, bytes]):
-    (port,) = free_ports(1)
-    listening = start("serve", "start", "--http-port", str(port), environment=cluster.environment)
-    assert listening.wait(60) == 0
-    command = ("serve", "run", "raycnn.serving:app", f"bundle={BUNDLE}")
-    with running("is ready at", *command, environment=cluster.environment) as endpoint:
-        store = open_store(f"{URL}/labels")
-        parts = [io.BytesIO(store.get(e.path)) for e in store.list("labels/")]
-        rows = {row["key"]: row for part in parts for row in pq.read_table(part).to_pylist()}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            for key in ("left/001.png", "right/000.png"):
-                reply = client.post("/v1/classify", content=raw[key]).json()
-                assert reply["class_name"] == rows[key]["class_name"]
-                assert reply["probability"] == pytest.approx(rows[key]["probability"], abs=1e-5)
-        other = start("raycnn", "serve", "--bundle", BUNDLE, environment=cluster.beside)
-        assert "this cluster runs Ray Serve already, with default: " in other.communicate(timeout=60)[1]
-        assert other.returncode == 2
-        endpoint.send_signal(signal.SIGINT)
-        endpoint.communicate(timeout=60)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_raycnn_serve_answers_until_it_is_told_to_end(
-    number: signal.Signals, cluster: Cluster, first: dict[str, dict[str, Any]], raw: dict[str, bytes]
-):
-    (port,) = free_ports(1)
-    command = ("raycnn", "serve", "--bundle", f"photos={BUNDLE}", "--port", str(port), "--json")
-    url = f"http://127.0.0.1:{port}"
-    with running(f"ready {url}/v1/classify photos\n", *command, environment=cluster.beside) as endpoint:
-        assert httpx.post(f"{url}/v1/classify", content=raw["left/001.png"]).json()["class_name"] == "left"
-        assert httpx.post(f"{url}/v1/classify", content=b"nonsense").status_code == 422
-        endpoint.send_signal(number)
-        out, err = endpoint.communicate(timeout=60)
-    assert (endpoint.returncode, err) == (0, "")
-    assert json.loads(out) == {"address": url, "models": {"photos": BUNDLE}}
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/livez")

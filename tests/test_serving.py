@@ -1,8 +1,14 @@
 """One bundle everywhere: a plain call, evaluation, labels and the endpoint agree on the same awkward files."""
 
 import io
-import socket
+import itertools
+import json
+import os
+import signal
 import struct
+import subprocess
+import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -14,17 +20,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import free_ports
 from PIL import Image
 
 import raycnn
 from raycnn import bundle as bundles
-from raycnn.config import ImageSpec, ServeConfig, absolute, make
+from raycnn import serving
+from raycnn.config import ImageSpec, absolute
 from raycnn.errors import Bad, BundleError, ConfigError
 from raycnn.models import build
 from raycnn.predictor import Predictor
-from raycnn.serving import app, named_bundles
+from raycnn.serving import named_bundles
 
 CLASSES = ("cat", "dog", "eel")
+RAYCNN = Path(sys.executable).with_name("raycnn")
 
 
 def encode(image: Image.Image, form: str, **options) -> bytes:
@@ -140,17 +149,31 @@ def test_a_bundle_for_other_classes_than_the_data_is_refused(bundle, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def endpoint(bundle, ray_cluster) -> Iterator[httpx.Client]:
-    from ray import serve
+def process(bundle, ray_cluster) -> Iterator[subprocess.Popen[str]]:
+    """`raycnn serve`, which has said that it is ready."""
+    import ray
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(make(ServeConfig, {"bundle": bundle, "max_bytes": 100_000})))
+    (port,) = free_ports(1)
+    command = [RAYCNN, "serve", "--bundle", f"photos={bundle}", "--port", str(port), "--max-bytes", "100000", "--json"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    try:
+        said = list(itertools.takewhile(lambda line: not line.startswith("ready "), process.stderr))
+        assert process.poll() is None, said
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def endpoint(process) -> Iterator[httpx.Client]:
+    (port,) = (after for before, after in itertools.pairwise(process.args) if before == "--port")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         yield client
-    serve.shutdown()
 
 
 @pytest.mark.ray
@@ -190,6 +213,35 @@ def test_the_endpoint_says_how_it_is_and_refuses_what_it_cannot_take(endpoint):
     assert endpoint.post("/v1/classify?top_k=0", content=b"x").status_code == 400
     assert endpoint.post("/v1/classify", files={"image": b"x"}).status_code == 415
     assert endpoint.get("/v1/classify").status_code == 405
+
+
+@pytest.mark.ray
+def test_a_cluster_that_serves_already_is_left_alone(endpoint, bundle):
+    (port,) = free_ports(1)
+    with pytest.raises(ConfigError, match="runs Ray Serve already, with photos: "):
+        raycnn.serve(bundle, port=port)
+    assert endpoint.get("/livez").status_code == 200
+
+
+@pytest.mark.ray
+def test_ctrl_c_ends_the_endpoint_without_another_word(process, endpoint):
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["address"] == str(endpoint.base_url)
+    with pytest.raises(httpx.ConnectError):
+        endpoint.get("/livez")
+
+
+def test_sigterm_is_as_good_as_ctrl_c():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the endpoint does not hear it"))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        serving._wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_bundles_are_named_by_their_argument_or_their_folder():
