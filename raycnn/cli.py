@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,8 +187,12 @@ def _print_report(report: Any, as_json: bool, out: TextIO) -> None:
     plain = _plain(report) if report is not None else {}
     own = getattr(report, "readable", None)
     told = own() if own else _readable(plain)
-    for line in [json.dumps(plain, allow_nan=False)] if as_json else told:
-        print(line, file=out, flush=True)
+    try:
+        for line in [json.dumps(plain, allow_nan=False)] if as_json else told:
+            print(line, file=out, flush=True)
+    except BrokenPipeError:
+        # Nobody reads on, as in `raycnn verify OUT | head -1`; the exit code still says how it went.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,9 @@ from raycnn.errors import ConfigError
 
 MIB = 1024 * 1024
 
+MAX_IMAGE_BYTES = 64 * MIB
+"""Largest encoded image; labels and the endpoint hold to it alike."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -27,20 +30,35 @@ def absolute(url: str) -> str:
     return os.path.abspath(os.path.expanduser(url)) if url and "://" not in url else url
 
 
+def _local(path: str) -> str:
+    if "://" in path:
+        raise ValueError("a folder on this machine is needed")
+    return absolute(path)
+
+
 Url = Annotated[str, AfterValidator(absolute)]
 """A local path, or s3://bucket/prefix."""
 
+Folder = Annotated[str, AfterValidator(_local)]
+"""A path on this machine."""
+
+MAX_SIDE = 4096
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+"""Height or width of pixels in px."""
+
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True, allow_inf_nan=False
+    )
 
 
 class ImageSpec(_Frozen):
     """What a model's input looks like. It belongs to the bundle: labeling and serving cannot override it."""
 
-    height: int = Field(default=224, ge=1, le=4096)
+    height: Side = 224
     """Height of the pixels in px."""
-    width: int = Field(default=224, ge=1, le=4096)
+    width: Side = 224
     """Width of the pixels in px."""
     channels: Literal[1, 3] = 3
     """1 for grayscale, 3 for RGB."""
@@ -61,7 +79,7 @@ class ImageSpec(_Frozen):
 class Limits(_Frozen):
     """Caps that are checked before memory is taken for an image."""
 
-    max_bytes: int = Field(default=64 * MIB, ge=1)
+    max_bytes: int = Field(default=MAX_IMAGE_BYTES, ge=1)
     """Largest encoded image in bytes."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Largest width x height in px, read from the header."""
@@ -91,7 +109,8 @@ class PackConfig(VerbConfig):
     test: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes the test split, where the source does not name one."""
     exclude: tuple[str, ...] = ()
-    """Glob patterns of keys to leave out."""
+    """Glob patterns of objects to leave out, by their path below the collection (* matches / too): images, or whole
+    tars, Parquet and IDX files; keys inside those are not matched."""
     shard_mib: int = Field(default=128, ge=1, le=256)
     """Aimed size of a shard in MiB."""
     seed: int = 0
@@ -145,7 +164,14 @@ class TrainConfig(VerbConfig):
     max_failures: int = Field(default=3, ge=0)
     """How often a dead worker is replaced before the run gives up."""
     max_bad: float = Field(default=0.05, ge=0, le=1)
-    """Share of unreadable training images above which the run stops."""
+    """Share of unreadable training images above which the run stops; those without a label do not count."""
+
+    @field_validator("image_size")  # Side among several types makes a message of several lines
+    @classmethod
+    def _a_side(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= MAX_SIDE:
+            raise ValueError(f"choose auto, or 1 to {MAX_SIDE} px")
+        return value
 
 
 class EvaluateConfig(VerbConfig):
@@ -161,7 +187,8 @@ class EvaluateConfig(VerbConfig):
     split: str = "auto"
     """train, val, test or all; auto: test if there is one, else val, else all."""
     exclude: tuple[str, ...] = ()
-    """Glob patterns of keys to leave out."""
+    """Glob patterns of objects to leave out, by their path below the collection (* matches / too): images, or whole
+    tars, Parquet and IDX files; keys inside those are not matched."""
 
 
 class LabelConfig(VerbConfig):
@@ -179,7 +206,8 @@ class LabelConfig(VerbConfig):
     split: str = "all"
     """train, val, test or all."""
     exclude: tuple[str, ...] = ()
-    """Glob patterns of keys to leave out."""
+    """Glob patterns of objects to leave out, by their path below the collection (* matches / too): images, or whole
+    tars, Parquet and IDX files; keys inside those are not matched."""
     top_k: int = Field(default=5, ge=1, le=100)
     """How many classes a row lists, best first."""
     single_driver: bool = False
@@ -215,8 +243,8 @@ class ServeConfig(VerbConfig):
     """Copies of each model."""
     max_queued: int = Field(default=256, ge=1)
     """Requests waiting for a model before further ones are answered 503."""
-    max_bytes: int = Field(default=16 * MIB, ge=1)
-    """Largest request body in bytes; more is answered 413."""
+    max_bytes: int = Field(default=16 * MIB, ge=1, le=MAX_IMAGE_BYTES)
+    """Largest request body in bytes, up to 64 MiB; more is answered 413."""
 
     @field_validator("bundle", mode="before")
     @classmethod
@@ -239,7 +267,7 @@ class ImportConfig(VerbConfig):
     """A .safetensors file, a state dict, or a torchvision weights name such as DEFAULT."""
     classes: str = "imagenet"
     """A text file with one class name a line, in the order of the model's outputs; or `imagenet`."""
-    image_size: int = Field(default=224, ge=1, le=4096)
+    image_size: Side = 224
     """Side of the model's input in px."""
 
 
@@ -248,11 +276,11 @@ class DemoConfig(VerbConfig):
 
     verb: ClassVar[str] = "demo"
 
-    dir: str = "raycnn-demo"
+    dir: Folder = "raycnn-demo"
     """Folder for all that the demo makes."""
     data: str = "digits"
     """`digits`, `fashion-mnist`, or a folder of labelled images."""
-    store: str | None = None
+    store: Url | None = None
     """Use this folder as the store, instead of a local S3 server."""
 
 
@@ -286,15 +314,22 @@ def nearest(word: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def from_environment(schema: type[VerbConfig], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The fields that `RAYCNN_<VERB>_<FIELD>` sets; tuples are separated by commas when validated."""
+def from_environment(schema: type[VerbConfig], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The fields that `RAYCNN_<VERB>_<FIELD>` sets; tuples are separated by commas when validated.
+
+    Raises:
+        ConfigError: a variable of the verb names no field.
+    """
     prefix = f"RAYCNN_{schema.verb.upper()}_"
+    fields = {prefix + field.upper(): field for field in schema.model_fields}
     found: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        value = environ.get(prefix + name.upper())
-        if value is not None:
-            is_tuple = str(field.annotation).startswith("tuple")
-            found[name] = tuple(value.split(",")) if is_tuple else value
+    for name, value in environ.items():
+        if not name.startswith(prefix):
+            continue
+        if name not in fields:
+            raise ConfigError(f"{schema.verb}: unknown environment variable {name}{nearest(name, fields)}")
+        is_tuple = str(schema.model_fields[fields[name]].annotation).startswith("tuple")
+        found[fields[name]] = tuple(value.split(",")) if is_tuple else value
     return found
 
 
@@ -310,6 +345,9 @@ def from_file(schema: type[VerbConfig], path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines for {schema.verb}")
+    for key in values:
+        if not isinstance(key, str):  # YAML reads 1, on and yes as something else
+            raise ConfigError(f"{path}: the key {key!r} is no text, and no key of {schema.verb}; remove it")
     return values
 
 

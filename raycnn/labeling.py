@@ -1,11 +1,12 @@
 """`raycnn label`: exactly one row for every image, by the ledger's protocol, through Ray Data.
 
-One actor per CPU (or GPU) reads, decodes, predicts and commits whole units. A unit's rows:
+One worker per CPU (or GPU) reads, decodes, predicts and commits whole units. A unit's rows:
 key, status, label, class_name, probability, top_k, detail; the last four are null where status is not ok.
 """
 
 import hashlib
 import io
+import itertools
 import socket
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from raycnn.config import LabelConfig, to_yaml
 from raycnn.errors import Bad, BundleError, ConfigError, DataError, Status
 from raycnn.ledger import Growth, Ledger, Plan, UnitRef, fingerprint_id, label_ledger, new_slices
 from raycnn.predictor import Predictions, Predictor
-from raycnn.shards import Collection, Sample, Slice, open_collection, units
+from raycnn.shards import Collection, PackedCollection, Sample, Slice, open_collection, units
 from raycnn.storage import contains, open_store
 
 SCHEMA_VERSION = 1
@@ -74,7 +75,9 @@ def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelRe
     if contains(config.data, config.out) or contains(config.out, config.data):
         raise ConfigError(f"output {config.out} and input {config.data} lie inside each other; choose another output")
     bundle = bundles.load(config.bundle)
-    collection = open_collection(config.data)
+    collection = open_collection(config.data, ())
+    if isinstance(collection, PackedCollection):
+        collection.accept_unreadable = config.accept_unreadable
     say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
     run = _LabelRun(config, bundle, collection, say)
     return run.run()
@@ -83,7 +86,8 @@ def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelRe
 class _LabelRun:
     def __init__(self, config: LabelConfig, bundle: bundles.Bundle, collection: Collection, say: data.Progress) -> None:
         self._config, self._bundle, self._collection, self._say = config, bundle, collection, say
-        self._store = open_store(config.out)
+        store = open_store(config.out)
+        self._store = store.single_driver() if config.single_driver else store
         self._fingerprint = fingerprint_of(bundle, config.top_k)
         self._ledger = label_ledger(self._store, self._fingerprint)
         self._selection = {
@@ -112,7 +116,7 @@ class _LabelRun:
             units=sum(len(p.refs) for p in plans),
             units_written=written,
             images_per_s=rows / (time.perf_counter() - start),
-            output=self._store.url,
+            output=self._store.address(),
             generations=len(plans),
             changed=self._growth.changed,
             gone=self._growth.gone,
@@ -125,8 +129,7 @@ class _LabelRun:
             self._ledger.check(plan, self._selection, self._fingerprint)
         if not plans or all(self._ledger.success(p.generation) for p in plans):
             plans += self._plan_next(plans)
-        if not self._config.single_driver:
-            self._ledger.probe(plans[0])
+        self._ledger.probe(plans[0])
         return plans
 
     def _plan_next(self, plans: list[Plan]) -> list[Plan]:
@@ -139,7 +142,9 @@ class _LabelRun:
         if first is None:
             if plans:
                 return []
-            raise DataError(f"{self._collection.store.url}: no images to label; left out: {dict(skipped) or 'none'}")
+            raise DataError(
+                f"{self._collection.store.address()}: no images to label; left out: {dict(skipped) or 'none'}"
+            )
         grouped = units(_chain(first, listed))
         plan = self._ledger.plan(len(plans), grouped, self._selection, self._fingerprint, skipped)
         self._store.create("config.yaml", to_yaml(self._config).encode())
@@ -161,7 +166,7 @@ class _LabelRun:
         now, limit = data.resources()
         workers = data.plan_units("label", now, limit, len(pending), use_gpu=limit.gpus >= 1)
         arguments = {
-            "config": self._config.model_dump(mode="json"),
+            "config": self._config.model_dump(mode="json") | {"out": self._store.url},
             "parts": self._ledger.parts,
             "fingerprint": self._fingerprint,
             "device": "cuda" if workers.gpus else "cpu",
@@ -254,7 +259,7 @@ class Labeler:
         sink = io.BytesIO()
         pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
         part = sink.getvalue()
-        written = self._ledger.commit(ref, part)
+        written = self._ledger.commit(ref, part, len(table))
         return _describe(self._ledger.path(ref), part) | {"written": written}
 
     def _rows(self, slices: Sequence[Slice]) -> Iterator[tuple[list[str], list[Bad | None], Predictions]]:
@@ -270,13 +275,20 @@ class Labeler:
 
     def _samples(self, slices: Sequence[Slice]) -> Iterator[Sample]:
         if not self._config.accept_unreadable:
-            yield from self._collection.read(slices)
-            return
-        for piece in slices:
+            return self._collection.read(slices)
+        try:
+            return iter(list(self._collection.read(slices)))
+        except DataError:
+            return self._readable_and_not(slices)
+
+    def _readable_and_not(self, slices: Sequence[Slice]) -> Iterator[Sample]:
+        """The samples of a unit of which some object cannot be read, whose planned rows say so."""
+        for _, run in itertools.groupby(slices, key=lambda piece: piece.path):
+            pieces = list(run)
             try:
-                samples = list(self._collection.read([piece]))
+                samples = list(self._collection.read(pieces))
             except DataError as error:
-                keys = [piece.key] if piece.key else [f"{piece.path}#{piece.first + i}" for i in range(piece.rows)]
+                keys = [key for piece in pieces for key in _planned_keys(piece)]
                 samples = [Sample(key, None, None, Bad(Status.UNREADABLE, str(error))) for key in keys]
             yield from samples
 
@@ -292,6 +304,11 @@ class Labeler:
         return pa.Table.from_batches(
             [label_rows(k, f, p, self._class_names) for k, f, p in batches], schema=LABEL_SCHEMA
         )
+
+
+def _planned_keys(piece: Slice) -> list[str]:
+    """The keys of a slice that cannot be read; those of Parquet rows are in the file, so that their places stand in."""
+    return [piece.key] if piece.key else [f"{piece.path}#{piece.first + i}" for i in range(piece.rows)]
 
 
 def label_rows(

@@ -11,10 +11,12 @@ the plan less the listing. Whoever loses a race to create an object uses the win
 
 import functools
 import hashlib
+import heapq
 import io
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,14 +24,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycnn.config import VerifyConfig
-from raycnn.errors import ConfigError, DataError, RaycnnError, StorageError
-from raycnn.shards import Slice, open_collection
+from raycnn.config import MIB, VerifyConfig
+from raycnn.errors import ConfigError, DataError, ObjectMissing, RaycnnError, StorageError
+from raycnn.shards import PackedCollection, Slice, open_collection
 from raycnn.storage import Store, open_store
 
 VERSION = 1
 PAGE_UNITS = 16
-MAX_PART_BYTES = 64 * 1024 * 1024
+MAX_PART_BYTES = 64 * MIB
+
+ALTERED = "was altered or deleted; the output cannot be trusted: use a new one"
 
 _PAGE = pa.schema(
     [
@@ -104,10 +108,18 @@ class Ledger:
         if self.store.head(plan_path(generation)) is None:
             return None
         data = self.store.get(plan_path(generation))
-        content = json.loads(data)
+        content = self._parse(plan_path(generation), data)
         if content["version"] > VERSION:
-            raise DataError(f"{self.store.url}: planned by a newer raycnn; upgrade raycnn")
+            raise DataError(f"{self.store.address()}: planned by a newer raycnn; upgrade raycnn")
         return Plan(generation, content, hashlib.sha256(data).hexdigest())
+
+    def _parse(self, path: str, data: bytes) -> dict[str, Any]:
+        try:
+            content = json.loads(data)
+            content["version"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{self.store.address(path)} {ALTERED}") from None
+        return content
 
     def plan(
         self,
@@ -164,7 +176,7 @@ class Ledger:
             differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
             if differing:
                 shown = ", ".join(f"{k} (was {theirs.get(k)!r}, now {ours.get(k)!r})" for k in differing)
-                raise ConfigError(f"{self.store.url} was begun with another {what}: {shown}; use another output")
+                raise ConfigError(f"{self.store.address()} was begun with another {what}: {shown}; use another output")
 
     def probe(self, plan: Plan) -> None:
         """Put the plan a second time; a store that takes it cannot keep the promise.
@@ -196,9 +208,26 @@ class Ledger:
         """Where the unit's part lies."""
         return f"{self.parts}/{ref.name}{self.suffix}"
 
-    def commit(self, ref: UnitRef, data: bytes) -> bool:
-        """Create the unit's part: the data and the commit in one. False: it was there already, ours is dropped."""
-        assert len(data) <= MAX_PART_BYTES, f"{ref.name}: {len(data)} bytes do not fit one PUT"
+    def is_committed(self, ref: UnitRef) -> bool:
+        """Whether the unit's part exists now."""
+        return self.store.head(self.path(ref)) is not None
+
+    def commit(self, ref: UnitRef, data: bytes, rows: int) -> bool:
+        """Create the unit's part: the data and the commit in one. False: it was there already, ours is dropped.
+
+        Raises:
+            DataError: the part does not hold the rows that were planned, or does not fit one PUT.
+        """
+        if rows != ref.rows:
+            raise DataError(
+                f"{self.slices(ref)[0].path} and what follows it: {rows:,} images were read, not the {ref.rows:,} that "
+                f"{self.store.address()} has planned; if the source has changed, use another output"
+            )
+        if len(data) > MAX_PART_BYTES:
+            raise DataError(
+                f"{self.store.address(self.path(ref))} would be {len(data) // MIB} MiB, more than "
+                f"{MAX_PART_BYTES // MIB}: its keys are very long, or it has many unreadable images"
+            )
         return self.store.create(self.path(ref), data)
 
     def finish(self, plan: Plan, summary: dict[str, Any]) -> bool:
@@ -208,7 +237,7 @@ class Ledger:
             StorageError: a part is missing after all.
         """
         if left := self.pending(plan):
-            raise StorageError(f"{self.store.url}: {len(left)} units are still pending; run the same command again")
+            raise StorageError(f"{self.store.address()}: {len(left)} units are pending; run the same command again")
         content = {"version": VERSION, "plan": plan.digest, "rows": plan.rows, **summary}
         return self.store.create(success_path(plan.generation), json.dumps(content, indent=1).encode())
 
@@ -216,14 +245,16 @@ class Ledger:
         """The generation's success marker, or None while it is not finished."""
         if self.store.head(success_path(generation)) is None:
             return None
-        return json.loads(self.store.get(success_path(generation)))
+        return self._parse(success_path(generation), self.store.get(success_path(generation)))
 
     def planned(self, plans: Iterable[Plan]) -> Iterator[Slice]:
-        """Every slice that the plans hold, in the order of each plan."""
-        for plan in plans:
-            for page in plan.content["pages"]:
-                for unit in read_page(self.store, page["path"]):
-                    yield from unit
+        """Every slice that the plans hold, in the order of their paths."""
+        return heapq.merge(*map(self._planned_by, plans), key=_path)
+
+    def _planned_by(self, plan: Plan) -> Iterator[Slice]:
+        for page in plan.content["pages"]:
+            for unit in read_page(self.store, page["path"]):
+                yield from unit
 
 
 def plan_path(generation: int) -> str:
@@ -238,9 +269,13 @@ def success_path(generation: int) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _page_cache(url: str, path: str) -> list[list[Slice]]:
-    data = open_store(url).get(path)
+    store = open_store(url)
+    try:
+        data = store.get(path)
+    except ObjectMissing:
+        data = b""
     if not path.endswith(f"/{hashlib.sha256(data).hexdigest()[:32]}.parquet"):
-        raise DataError(f"{url}/{path} was altered; the plan cannot be trusted: use a new output")
+        raise DataError(f"{store.address(path)} {ALTERED}")
     units: dict[int, list[Slice]] = {}
     table = pq.read_table(io.BytesIO(data))
     for unit, *piece in zip(*(c.to_pylist() for c in table.columns), strict=True):
@@ -271,26 +306,49 @@ def _batches(units: Iterable[list[Slice]], count: int) -> Iterator[list[list[Sli
 
 @dataclass
 class Growth:
-    """How a collection differs from what earlier generations planned."""
+    """How a collection differs from what earlier generations planned, in rows."""
 
     changed: int = 0
     gone: int = 0
 
 
 def new_slices(listed: Iterable[Slice], planned: Iterable[Slice], growth: Growth) -> Iterator[Slice]:
-    """The listed slices that no earlier generation has; what changed or is gone is counted, not planned again."""
-    known = {_identity(s): s.etag for s in planned}
-    for piece in listed:
-        etag = known.pop(_identity(piece), None)
-        if etag is None:
-            yield piece
-        elif etag != piece.etag:
-            growth.changed += 1
-    growth.gone = len(known)
+    """The listed slices of objects that no earlier generation has; what changed or is gone is counted.
+
+    An object is known by its path. One that has changed is never planned again, not even in part: its rows have
+    other places now, and a key would be labelled twice. Both sides come in the order of their paths, so that
+    memory does not grow with them.
+    """
+    known = itertools.groupby(planned, _path)
+    path, pieces = next(known, (None, iter(())))
+    for listed_path, found in itertools.groupby(_in_order(listed), _path):
+        while path is not None and path < listed_path:
+            growth.gone += sum(p.rows for p in pieces)
+            path, pieces = next(known, (None, iter(())))
+        if path != listed_path:
+            yield from found
+            continue
+        etag = next(pieces).etag
+        growth.changed += sum(p.rows for p in found if p.etag != etag)
+        path, pieces = next(known, (None, iter(())))
+    while path is not None:
+        growth.gone += sum(p.rows for p in pieces)
+        path, pieces = next(known, (None, iter(())))
 
 
-def _identity(piece: Slice) -> bytes:
-    return hashlib.blake2b(f"{piece.path}\0{piece.first}".encode("utf-8", "surrogateescape"), digest_size=12).digest()
+def _path(piece: Slice) -> bytes:
+    return piece.path.encode("utf-8", "surrogateescape")
+
+
+def _in_order(slices: Iterable[Slice]) -> Iterator[Slice]:
+    """The slices, unless one comes before its turn: it could be taken for a new one, and be labelled twice."""
+    last = b""
+    for piece in slices:
+        path = _path(piece)
+        if path < last:
+            raise DataError(f"{piece.path!r} is listed after a name that follows it, so that nothing was planned")
+        last = path
+        yield piece
 
 
 LABEL_PARTS = "labels"
@@ -312,7 +370,7 @@ class VerifyReport:
     foreign: int = 0
     altered: int = 0
     unfinished: int = 0
-    """Units without a part: the run is not over."""
+    """Units without a part, and generations without a success marker: the run is not over."""
     status: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
     """With --deep: how the inputs differ from the plan now."""
@@ -320,10 +378,10 @@ class VerifyReport:
     @property
     def error(self) -> RaycnnError | None:
         """What to raise after the report is printed, or None where all is well."""
-        if not (self.lost or self.duplicate or self.foreign or self.altered):
+        if not (self.lost or self.duplicate or self.foreign or self.altered or self.unfinished):
             return None
         if self.unfinished and not (self.duplicate or self.foreign or self.altered):
-            return DataError(f"{self.unfinished} units are pending; run the same `raycnn label` command again")
+            return DataError("the run is not finished; run the same `raycnn label` command again")
         return DataError(
             f"lost {self.lost}, duplicate {self.duplicate}, foreign {self.foreign}, altered {self.altered}: "
             "label to a new output"
@@ -336,11 +394,12 @@ def verify(config: VerifyConfig) -> VerifyReport:
     Raises:
         DataError: there is no plan at all.
     """
+    _page_cache.cache_clear()  # what this process has read before proves nothing of what is there now
     store = open_store(config.out)
     ledger = Ledger(store, LABEL_PARTS)
     plans = ledger.plans()
     if not plans:
-        raise DataError(f"{store.url}: no plan there; is it the output of `raycnn label`?")
+        raise DataError(f"{store.address()}: no plan there; is it the output of `raycnn label`?")
     return _Verification(store, plans).report(config.deep)
 
 
@@ -356,6 +415,7 @@ class _Verification:
         found, parts = self._found, {e.path for e in self._store.list(LABEL_PARTS + "/")}
         for plan in self._plans:
             marker = self._ledger.success(plan.generation) or {}
+            found.unfinished += not marker
             digests = {p["path"]: p["sha256"] for p in marker.get("parts", [])}
             for ref in plan.refs:
                 path = self._ledger.path(ref)
@@ -376,14 +436,11 @@ class _Verification:
 
     def _check_part(self, ref: UnitRef, path: str, sha256: str | None) -> None:
         data = self._store.get(path)
-        try:
-            table = pq.read_table(io.BytesIO(data))
-            keys, statuses = table["key"].to_pylist(), table["status"].to_pylist()
-        except (pa.ArrowException, KeyError, OSError):
+        if (part := _read_part(data)) is None:
             self._found.altered += 1
             self._found.lost += ref.rows
             return
-        metadata = table.schema.metadata or {}
+        keys, statuses, metadata = part
         is_ours = metadata.get(b"plan") == ref.plan.encode() and metadata.get(b"unit") == str(ref.unit).encode()
         if not is_ours or (sha256 is not None and hashlib.sha256(data).hexdigest() != sha256):
             self._found.altered += 1
@@ -412,9 +469,21 @@ class _Verification:
             return 0
 
 
+def _read_part(data: bytes) -> tuple[list[str], list[str], Mapping[bytes, bytes]] | None:
+    """(keys, statuses, metadata) of a label part; None where it cannot be read."""
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=["key", "status"])
+        keys, statuses = table["key"].cast(pa.string()).to_pylist(), table["status"].to_pylist()
+    except Exception:  # noqa: BLE001  what pyarrow raises for damaged bytes knows no bounds
+        return None
+    return None if None in keys else (keys, statuses, table.schema.metadata or {})
+
+
 def _compare_inputs(ledger: Ledger, plans: list[Plan]) -> dict[str, int]:
     selection = plans[0].content["selection"]
-    collection = open_collection(selection["data"])
+    collection = open_collection(selection["data"], ())
+    if isinstance(collection, PackedCollection):
+        collection.accept_unreadable = True  # what is lost or altered is what is counted here
     listed = collection.select(selection["split"], Counter(), selection["exclude"])
     growth = Growth()
     new = sum(s.rows for s in new_slices(listed, ledger.planned(plans), growth))

@@ -7,6 +7,7 @@ in sequence are mixed in windows, each of random row groups, spilled to disk and
 
 import hashlib
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 import raycnn
 from raycnn import data, images
 from raycnn.config import MIB, Limits, PackConfig, make, to_yaml
-from raycnn.errors import Bad, ConfigError, DataError, Status
+from raycnn.errors import Bad, ConfigError, DataError, Status, StorageError
 from raycnn.ledger import Ledger, Plan, UnitRef
 from raycnn.shards import (
     FORMAT,
@@ -33,6 +35,7 @@ from raycnn.shards import (
     Sample,
     Slice,
     hash_split,
+    is_manifest,
     key_hash,
     open_collection,
     summarise,
@@ -92,12 +95,18 @@ def pack(config: PackConfig, progress: data.Progress | None = None) -> PackRepor
     ledger = Ledger(store.child(WORK), "parts", ".json")
     plan = _plan(config, ledger, say)
     pending = ledger.pending(plan)
-    if pending:
-        _write_shards(config, ledger, plan, pending, say)
-    if pending or store.head(MANIFEST) is None:
+    written = _write_shards(config, ledger, plan, pending, say) if pending else 0
+    if pending or not _is_finished(store):
         store.put("config.yaml", to_yaml(config).encode())
         _finish(config, store, ledger, plan)
-    return _report(store, len(pending))
+    else:
+        text = f"{store.address()} is packed; what {config.src} has got since is not in it: pack to another place"
+        say({"kind": "note", "text": text})
+    return _report(store, written)
+
+
+def _is_finished(store: Store) -> bool:
+    return store.head(MANIFEST) is not None and is_manifest(store.get(MANIFEST))
 
 
 def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
@@ -115,10 +124,11 @@ def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
         planned = _Planner(config, collection, scratch)
         about: dict[str, Any] = {"class_names": list(collection.class_names), "layout": collection.layout}
         tasks = planned.tasks(collection.slices(skipped, config.exclude))
-        plan = ledger.plan(0, tasks, selection, settings, skipped, about | {"outputs": planned.outputs})
-    if not plan.rows:
-        raise DataError(f"{config.src}: no images to pack; left out: {dict(skipped) or 'none'}")
-    return plan
+        first = next(tasks, None)
+        if first is None:  # said before there is a plan, which the next command would have to follow
+            raise DataError(f"{config.src}: no images to pack; left out: {dict(skipped) or 'none'}")
+        tasks = itertools.chain([first], tasks)
+        return ledger.plan(0, tasks, selection, settings, skipped, about | {"outputs": planned.outputs})
 
 
 class _Planner:
@@ -146,6 +156,11 @@ class _Planner:
     def _group(self, piece: Slice) -> str:
         """The split that the slice goes to, or for a run of rows the one that its source names."""
         named = self._collection.split_of(piece)
+        if named not in (None, *SPLITS):
+            raise DataError(
+                f"{self._collection.store.address(piece.path)} names the split {named!r}; "
+                f"call it {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, or leave it empty to have one chosen by the key"
+            )
         if self._collection.random_access:
             return split_for(piece.key, named, self._collection.splits, self._config)
         return named or UNNAMED
@@ -245,7 +260,8 @@ def _cut(slices: Iterable[Slice], limit: int) -> Iterator[list[Slice]]:
         yield task
 
 
-def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[UnitRef], say: data.Progress) -> None:
+def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[UnitRef], say: data.Progress) -> int:
+    """Write the shards of every pending task; how many they are."""
     data.connect(say)
     now, limit = data.resources()
     workers = data.plan_units("pack", now, limit, len(pending))
@@ -258,13 +274,14 @@ def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[
         "totals": dict(totals),
         "class_names": plan.content["class_names"],
     }
-    done = plan.rows - sum(r.rows for r in pending)
+    done, shards = plan.rows - sum(r.rows for r in pending), 0
     bad: Counter[str] = Counter()
     for result in data.map_units(Packer, items, workers, arguments, say):
-        done += result["rows"]
+        done, shards = done + result["rows"], shards + result["shards"]
         bad.update(result["bad"])
         text = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))
         say({"kind": "progress", "done": done, "total": plan.rows, "text": text})
+    return shards
 
 
 class Packer:
@@ -280,6 +297,8 @@ class Packer:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Write and commit one task's shards."""
         ref, outputs = UnitRef(**item["ref"]), [Output(*o) for o in item["outputs"]]
+        if self._ledger.is_committed(ref):  # by somebody whose shards are not to be written over
+            return {"rows": ref.rows, "shards": 0, "bad": {}}
         self._seen = _Seen()
         slices = self._ledger.slices(ref)
         samples = self._collection.read(slices)
@@ -291,8 +310,9 @@ class Packer:
             shards = [self._shard(scratch, split, index, rows) for split, index, rows in parts]
         self._ledger.store.put(f"hashes/{ref.name}.parquet", self._seen.hashes())
         record = {"shards": shards, "images": self._seen.images(), "bad": self._seen.bad}
-        self._ledger.commit(ref, json.dumps(record).encode())
-        return {"rows": sum(s["rows"] for s in shards), "bad": Counter(status for _, status, _ in self._seen.bad)}
+        self._ledger.commit(ref, json.dumps(record).encode(), sum(s["rows"] for s in shards))
+        bad = Counter(status for _, status, _ in self._seen.bad)
+        return {"rows": ref.rows, "shards": len(shards), "bad": bad}
 
     def _shard(self, scratch: Path, split: str, index: int, samples: Iterable[Sample]) -> dict[str, Any]:
         name = f"data/{split}-{index:05d}-of-{self._totals[split]:05d}.parquet"
@@ -402,6 +422,12 @@ def _finish(config: PackConfig, store: Store, ledger: Ledger, plan: Plan) -> Non
     """Write the lists of what is wrong, and the manifest last."""
     records = [json.loads(ledger.store.get(ledger.path(ref))) for ref in plan.refs]
     shards = sorted((s for r in records for s in r["shards"] if s["rows"]), key=lambda s: s["path"])
+    sizes = {e.path: e.size for e in store.list("data/")}
+    if altered := [s["path"] for s in shards if sizes.get(s["path"]) != s["bytes"]]:
+        raise StorageError(
+            f"{store.address(altered[0])} is not what was written here; is something else writing there? "
+            "pack to another place"
+        )
     bad = sorted(tuple(b) for r in records for b in r["bad"])
     lines = (json.dumps({"key": k, "status": s, "detail": d}) + "\n" for k, s, d in bad)
     store.put("unreadable.jsonl", "".join(lines).encode())
@@ -445,7 +471,7 @@ def _duplicates(ledger: Ledger, plan: Plan, class_names: list[str]) -> tuple[dic
     for number in range(passes):
         members = _members_of_pass(ledger, plan, number, passes)
         for keys, splits, labels in members:
-            across_splits, across_classes = len(set(splits)) > 1, len(set(labels)) > 1
+            across_splits, across_classes = len(set(splits)) > 1, len({i for i in labels if i >= 0}) > 1
             counts.update(groups=1, images=len(keys) - 1)
             counts.update(across_splits=across_splits, across_classes=across_classes)
             if len(examples) < DUPLICATE_EXAMPLES:
@@ -461,9 +487,10 @@ def _members_of_pass(
     groups: dict[bytes, list[tuple[str, str, int]]] = {}
     for ref in plan.refs:
         table = pq.read_table(io.BytesIO(ledger.store.get(f"hashes/{ref.name}.parquet")))
-        for digest, *member in zip(*(c.to_pylist() for c in table.columns), strict=True):
-            if int.from_bytes(digest[:4], "big") % passes == number:
-                groups.setdefault(digest, []).append(tuple(member))
+        starts = np.frombuffer(b"".join(table["hash"].to_pylist()), ">u4")[::4]
+        mine = table.filter(starts % passes == number)
+        for digest, *member in zip(*(c.to_pylist() for c in mine.columns), strict=True):
+            groups.setdefault(digest, []).append(tuple(member))
     for members in groups.values():
         if len(members) > 1:
             keys, splits, labels = zip(*sorted(members), strict=True)
@@ -482,6 +509,6 @@ def _report(store: Store, written: int) -> PackReport:
         shards=len(manifest["shards"]),
         status=dict(sorted(status.items())),
         duplicates=manifest["duplicates"],
-        manifest=f"{store.url}/{MANIFEST}",
+        manifest=store.address(MANIFEST),
         shards_written=written,
     )

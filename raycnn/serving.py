@@ -11,6 +11,7 @@ document (RFC 9457). The endpoint has no authentication: put it behind something
 # No `from __future__ import annotations` here: Ray Serve looks at the builder's annotation as a class.
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,12 +21,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import ray
 import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayError
@@ -36,6 +38,7 @@ from raycnn.config import Limits, ServeConfig, absolute
 from raycnn.errors import Bad, ConfigError, Status
 from raycnn.images import Pixels
 from raycnn.predictor import Predictor
+from raycnn.storage import open_store
 
 MAX_BATCH = 32
 MAX_TOP_K = 100
@@ -114,6 +117,12 @@ def _problem(code: int, title: str, detail: str, **more: str) -> JSONResponse:
 web = FastAPI(title="raycnn", docs_url=None, redoc_url=None)
 
 
+@web.exception_handler(RequestValidationError)
+async def _bad_request(request: Request, error: Exception) -> JSONResponse:
+    first = cast(RequestValidationError, error).errors()[0]
+    return _problem(400, "bad request", f"{first['loc'][-1]}: {first['msg']}, got {first['input']!r}")
+
+
 @ray_serve.deployment
 @ray_serve.ingress(web)
 class Endpoint:
@@ -145,10 +154,10 @@ class Endpoint:
         ]
 
     @web.post("/v1/classify")
-    async def classify(self, request: Request, top_k: int = DEFAULT_TOP_K) -> JSONResponse:
+    async def classify(
+        self, request: Request, top_k: Annotated[int, Query(ge=1, le=MAX_TOP_K)] = DEFAULT_TOP_K
+    ) -> JSONResponse:
         """Classify the image that is the request's body."""
-        if not 1 <= top_k <= MAX_TOP_K:
-            return _problem(400, "bad request", f"top_k must lie in 1..{MAX_TOP_K}")
         if request.headers.get("content-type", "").startswith("multipart/"):
             return _problem(415, "unsupported media type", "send the image itself as the body, not a form")
         encoded = await self._body(request)
@@ -200,25 +209,26 @@ class Endpoint:
 def app(config: ServeConfig) -> ray_serve.Application:
     """The application of one bundle, for `serve run raycnn.serving:app bundle=DIR` and `serve deploy`.
 
-    `serve run` builds it before it connects to a cluster, so there it takes a GPU if this machine has one.
+    Each application is planned as if it had the cluster to itself. `serve run` builds it before it connects to a
+    cluster, so there it takes a GPU if this machine has one for each replica.
     """
     models = named_bundles(config.bundle)
     if len(models) > 1:
         raise ConfigError("one application serves one bundle; list an application for each in the Serve file")
-    return _application(next(iter(models.values())), config)
+    if ray.is_initialized():
+        limit = data.resources()[1]
+    else:
+        limit = data.Resources((data.Node(config.replicas, torch.cuda.device_count()),))
+    return _application(next(iter(models.values())), config, data.plan_serving(1, config.replicas, limit))
 
 
-def _application(bundle: str, config: ServeConfig) -> ray_serve.Application:
-    gpus = data.resources()[1].gpus if ray.is_initialized() else torch.cuda.device_count()
-    options: dict[str, Any] = {"num_cpus": 1}
-    if gpus >= config.replicas:
-        options["num_gpus"] = 1
+def _application(bundle: str, config: ServeConfig, plan: data.ServePlan) -> ray_serve.Application:
     deployment: Any = Endpoint
     return deployment.options(
         num_replicas=config.replicas,
         max_ongoing_requests=2 * MAX_BATCH,
         max_queued_requests=config.max_queued,
-        ray_actor_options=options,
+        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": plan.gpus},
         graceful_shutdown_timeout_s=5,
     ).bind(bundle, config.max_bytes)
 
@@ -231,9 +241,10 @@ def named_bundles(arguments: tuple[str, ...]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for argument in arguments:
-        name, _, url = argument.rpartition("=")
-        url = absolute(url)
-        name = name or url.rstrip("/").rpartition("/")[2]
+        # A path may hold an equals sign, too, as in s3://bucket/date=2026-01-01/bundle.
+        named = re.fullmatch(r"([A-Za-z0-9_-]+)=(.*)", argument, re.DOTALL)
+        url = absolute(named[2] if named else argument)
+        name = named[1] if named else open_store(url).address().rpartition("/")[2]
         if name in found:
             raise ConfigError(f"two bundles are named {name!r}; give them names: --bundle NAME={url}")
         found[name] = url
@@ -247,6 +258,11 @@ def serve(config: ServeConfig) -> ServeReport:
         ConfigError: the port is taken, the cluster has too few CPUs, or serves something already.
         BundleError: a bundle is altered.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError(
+            "serve: call it from the main thread, the only one that hears Ctrl-C and SIGTERM; "
+            "from another one, deploy raycnn.serving.app by ray.serve.run"
+        )
     models = named_bundles(config.bundle)
     for url in models.values():
         bundles.load(url)
@@ -254,18 +270,17 @@ def serve(config: ServeConfig) -> ServeReport:
     os.environ.update({k: os.environ.get(k, v) for k, v in _SLOW_START.items()})
     data.connect(_say)
     _, limit = data.resources()
-    if limit.cpus < (needed := len(models) * config.replicas):
-        raise ConfigError(
-            f"serve: {len(models)} models x {config.replicas} replicas need {needed} CPUs, "
-            f"the cluster has {limit.cpus:g}"
-        )
+    plan = data.plan_serving(len(models), config.replicas, limit)
+    if limit.gpus and not plan.gpus:
+        wanted = len(models) * config.replicas
+        _say({"text": f"predicting on CPUs: {wanted} replicas need a GPU each, the cluster has {limit.gpus:g}"})
     _check_idle()
     prefixes = {name: "/" if len(models) == 1 else f"/{name}" for name in models}
     try:
         with data.user_errors(), data.Waiting(_say):
             ray_serve.start(http_options={"host": config.host, "port": config.port})
             for name, url in models.items():
-                _deploy(_application(url, config), name, prefixes[name])
+                _deploy(_application(url, config, plan), name, prefixes[name])
         address = f"http://{config.host}:{config.port}"
         for name, prefix in prefixes.items():
             print(f"ready {address}{prefix.rstrip('/')}/v1/classify {name}", file=sys.stderr, flush=True)
@@ -331,8 +346,12 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _wait() -> None:
-    """Return on Ctrl-C or SIGTERM."""
+    """Return on Ctrl-C or SIGTERM. A second one meets the handlers that were there before."""
     over = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: over.set())
-    over.wait()
+    ends = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: over.set()) for number in ends}
+    try:
+        over.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

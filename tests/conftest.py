@@ -1,18 +1,13 @@
-import json
 import os
-import shutil
 import socket
 import subprocess
-import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from raycnn.s3local import S3Server
 
@@ -21,17 +16,30 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name.upper(), None)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Ends are seen sooner, and a process less is started."""
-os.environ.update(RAY_TRAIN)
+settings.register_profile("shared", deadline=None)  # what takes 200 ms elsewhere may take a second beside a cluster
+settings.load_profile("shared")
+
+LEAN_RAY = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+"""Ends are seen sooner, and no process is started that might not be needed."""
+os.environ.update(LEAN_RAY)
 
 
-class SmallCluster(NamedTuple):
-    """The folder that the program worked in, what each of its steps made, and what its trainings told."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes run the tests: those that share a cluster go to one of them, other modules to whichever is free.
 
-    folder: Path
-    steps: dict[str, dict[str, Any]]
-    events: list[dict[str, Any]]
+    What takes long comes first, so that both end at about the same time.
+    """
+    for item in items:
+        shares = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shares else item.path.stem))
+    first = ["test_jobs", "ray", "test_small_cluster", "test_cluster", "test_demo"]
+    groups = {item: next(item.iter_markers("xdist_group")).args[0] for item in items}
+    items.sort(key=lambda item: first.index(groups[item]) if groups[item] in first else len(first))
 
 
 @pytest.fixture(scope="session")
@@ -62,33 +70,6 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
     data.connect()
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> SmallCluster:
-    """What `small_cluster.py` did before it was killed in the middle of its last training."""
-    folder = tmp_path_factory.mktemp("small")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # Its home is where it looks for what the cluster launcher left, and where it finds nothing else of ours.
-    environment |= {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"} | RAY_TRAIN
-    # A folder of its own, or every ray.init() on this machine would join it; a short one, for its sockets.
-    own = tempfile.mkdtemp(prefix="rc", dir="/tmp")
-    environment["RAY_TMPDIR"] = own
-    program = [sys.executable, str(Path(__file__).with_name("small_cluster.py")), str(folder)]
-    events: list[dict[str, Any]] = []
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            events.append(json.loads(line))
-            if events[-1].get("epoch") == 2:
-                break
-        assert events[-1].get("epoch") == 2, (folder / "log").read_text()
-    finally:
-        kill_tree(process)
-        shutil.rmtree(own, ignore_errors=True)
-    return SmallCluster(folder, {e["step"]: e for e in events if "kind" not in e}, [e for e in events if "kind" in e])
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

@@ -18,9 +18,11 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 import raycnn
+from raycnn import bundle as bundles
 from raycnn import data
-from raycnn.config import PackConfig, TrainConfig, make
+from raycnn.config import ImageSpec, PackConfig, TrainConfig, make
 from raycnn.data import board
+from raycnn.models import build
 from raycnn.packing import pack
 from raycnn.training import train
 
@@ -47,6 +49,13 @@ def draw(folder: Path) -> None:
         Image.fromarray(image).save(file)
 
 
+def untrained(url: str) -> str:
+    spec = ImageSpec(height=8, width=8, channels=1, crop=1.0, mean=(0.5,), std=(0.25,))
+    model = build("classic", 2, spec, seed=0).eval()
+    empty: dict[str, Any] = {"metrics": {}, "validation": {}, "samples": (), "data_fingerprint": None}
+    return bundles.save(url, model, ("left", "right"), temperature=1.0, **empty).url
+
+
 def step(name: str, work: Callable[[], Any]) -> None:
     start = time.monotonic()
     made = work()
@@ -60,6 +69,7 @@ def tell(event: dict[str, Any]) -> None:
 def main(folder: Path) -> None:
     raw, packed, run = (str(folder / name) for name in ("raw", "packed", "run"))
     draw(folder / "raw")
+    bundle = untrained(str(folder / "bundle"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
 
@@ -79,21 +89,16 @@ def main(folder: Path) -> None:
         board.QUIET_S = 20
         return {"rows": rows, "note": note}
 
-    def trained(where: str, **more: Any) -> dict[str, Any]:
-        config = make(TrainConfig, {"data": packed, "run": where, "batch_size": 16, "epochs": 1} | more)
-        report = train(config, tell)
-        return {"epochs": report.epochs}
-
     def labelled() -> dict[str, Any]:
-        report = raycnn.label(packed, str(folder / "labels"), bundle=f"{run}-two/bundle")
+        report = raycnn.label(packed, str(folder / "labels"), bundle=bundle)
         return {"rows": report.rows, "status": report.status}
 
     Path(data.cluster.LAUNCHED).expanduser().write_text(LAUNCHER)
     step("pack where there is no CPU yet", first_pack)
-    step("train 2 workers", lambda: trained(f"{run}-two", num_workers=2))
-    step("evaluate", lambda: {"rows": raycnn.evaluate(f"{run}-two/bundle", packed, split="all").rows})
+    step("evaluate", lambda: {"rows": raycnn.evaluate(bundle, packed, split="all").rows})
     step("label", labelled)
-    step("train 1 worker for ever", lambda: trained(run, epochs=100_000))
+    for_ever = {"data": packed, "run": run, "batch_size": 16, "num_workers": 2, "epochs": 100_000}
+    train(make(TrainConfig, for_ever), tell)
 
 
 if __name__ == "__main__":

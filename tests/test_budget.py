@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycnn.data import Node, Resources, plan_training, plan_units
+from raycnn.data import Node, Resources, plan_serving, plan_training, plan_units
 from raycnn.data.board import shortage
 from raycnn.data.cluster import _most as launchable
 from raycnn.errors import ConfigError
@@ -124,6 +124,38 @@ def test_what_the_autoscaler_of_cluster_yaml_may_add_is_known_on_its_head(tmp_pa
     assert plan_units("pack", cluster(0), found, 1000).workers == found.cpus
 
 
+@given(nodes=NODES, models=st.integers(1, 4), replicas=st.integers(1, 4), seed=st.integers(0, 99))
+def test_the_replicas_of_all_models_fit_on_the_nodes(nodes, models, replicas, seed):
+    limit, wanted = cluster(*nodes), models * replicas
+    if sum(c // 1 for c, _ in nodes) < wanted:
+        with pytest.raises(ConfigError, match="serve: "):
+            plan_serving(models, replicas, limit)
+        return
+    plan = plan_serving(models, replicas, limit)
+    left = [[round(c * 100), round(g * 100)] for c, g in nodes]
+    assert all(place(left, plan.cpus, plan.gpus, seed + i) for i in range(wanted))
+    assert plan.gpus == (1 if sum(min(c // 1, g) for c, g in nodes) >= wanted else 0)
+
+
+def test_two_models_do_not_wait_for_ever_for_one_gpu():
+    assert plan_serving(1, 1, cluster((8, 1))) == (1, 1)
+    assert plan_serving(2, 1, cluster((8, 1))) == (1, 0)
+    assert plan_serving(2, 1, cluster((8, 1), (8, 1))) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("models", "replicas", "nodes", "message"),
+    [
+        (2, 3, [4], r"2 models x 3 replicas = 6, each with 1 CPU .* has 4 CPUs: use --replicas 2$"),
+        (3, 1, [2], r"3 models x 1 replica = 3, .* has 2 CPUs: serve fewer models, or add a worker node$"),
+        (1, 2, [1.5, 0.5], r"has 2 CPUs \(nodes of 1\.5, 0\.5\): use --replicas 1$"),
+    ],
+)
+def test_an_endpoint_that_cannot_start_is_refused_with_the_arithmetic(models, replicas, nodes, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_serving(models, replicas, cluster(*nodes))
+
+
 @pytest.mark.parametrize(
     ("num_workers", "nodes", "use_gpu", "message"),
     [
@@ -142,24 +174,6 @@ def test_what_cannot_run_is_refused_with_the_arithmetic(num_workers, nodes, use_
 def test_a_pipeline_without_a_whole_cpu_on_any_node_is_refused_with_the_arithmetic():
     with pytest.raises(ConfigError, match=r"label: a worker needs 1 CPU .* 1 CPU \(nodes of 0\.5, 0\.5\): start Ray"):
         plan_units("label", cluster(0.5, 0.5), cluster(0.5, 0.5), 3)
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_every_verb_runs_on_a_single_cpu_beside_a_head_without_any(small_cluster):
-    made = small_cluster.steps
-    assert made["train 2 workers"]["epochs"] == 1
-    assert made["evaluate"]["rows"] == 64
-    assert made["label"]["status"] == {"ok": 64}
-    assert small_cluster.events[-1]["epoch"] == 2  # of the training with 1 worker
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_a_verb_that_waits_for_the_autoscaler_says_so_and_goes_on_when_a_node_comes(small_cluster):
-    made = small_cluster.steps["pack where there is no CPU yet"]
-    assert made["note"].startswith("waiting for 1 CPU: the cluster has 0 of 0 free")
-    assert made["rows"] == 64
 
 
 @pytest.mark.ray

@@ -144,6 +144,11 @@ MISTAKES = [
     ("train data run --epochs many", "--epochs"),
     ("train data run --epochs 0", "epochs"),
     ("train data run --optimizer adam", "adamw"),
+    ("train data run --image-size 0", "image_size: choose auto, or 1 to 4096 px, got 0"),
+    ("train data run --image-size 100000", "image_size: choose auto, or 1 to 4096 px, got 100000"),
+    ("train data run --learning-rate inf", "learning_rate: Input should be a finite number, got inf"),
+    ("serve --bundle b --max-bytes 67108865", "max_bytes: Input should be less than or equal to 67108864"),
+    ("demo --dir s3://bucket/x", "dir: a folder on this machine is needed"),
     ("pack here", "dst is missing"),
     ("label data out", "bundle is missing"),
     ("serve", "bundle is missing"),
@@ -173,6 +178,24 @@ def test_an_unknown_key_in_the_file_is_told_with_the_nearest(echoing: None, type
         2,
         ["raycnn: train: unknown key 'learning-rate' (did you mean 'learning_rate'?)"],
     )
+
+
+@pytest.mark.parametrize("line", ["1: 2", "on: true", "null: x"])
+def test_a_key_in_the_file_that_is_no_text_is_told(line: str, echoing: None, typed, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: d\nrun: r\n{line}\n")
+    outcome = typed("train", "--config", str(recipe))
+    assert outcome.code == 2
+    (said,) = outcome.err
+    assert f"{recipe}: the key " in said
+
+
+def test_a_variable_that_names_no_field_is_told_with_the_nearest(echoing: None, typed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAYCNN_TRAIN_EPOCH", "3")
+    outcome = typed("train", "data", "run")
+    told = "raycnn: train: unknown environment variable RAYCNN_TRAIN_EPOCH (did you mean 'RAYCNN_TRAIN_EPOCHS'?)"
+    assert (outcome.code, outcome.err) == (2, [told])
+    assert typed("verify", "out").code == 0
 
 
 class Pair(NamedTuple):
@@ -344,6 +367,18 @@ def test_help_and_mistakes_need_neither_torch_nor_ray(line: str):
     assert done.stderr.splitlines()[-1] == "set()"
 
 
+def test_help_takes_at_most_half_a_second_of_a_cpu():
+    def seconds() -> float:
+        command = [Path(sys.executable).with_name("raycnn"), "--help"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    assert min(seconds() for _ in range(3)) <= 0.5
+
+
 def test_the_installed_command_lists_every_verb():
     done = subprocess.run(
         [Path(sys.executable).with_name("raycnn"), "--help"], capture_output=True, text=True, timeout=60, check=True
@@ -371,6 +406,54 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "raycnn: interrupted; the same command again resumes\n")
+
+
+CLOSED = """
+import dataclasses
+from raycnn import cli, config, errors
+config.VERBS["verify"] = config.Verb(config.VerifyConfig, "__main__", "report")
+
+@dataclasses.dataclass
+class Report:
+    lost: int = 1
+    error = errors.DataError("1 row is lost")
+
+def report(settings):
+    return Report()
+
+if __name__ == "__main__":
+    cli.main(["verify", "out"])
+"""
+
+
+def test_a_reader_who_has_gone_costs_neither_a_traceback_nor_the_exit_code():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", CLOSED], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (3, "raycnn: 1 row is lost\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_ray_is_up(number: signal.Signals):
+    from raycnn.data.cluster import _interrupted_later
+
+    heard: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: heard.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with _interrupted_later():
+            signal.raise_signal(number)
+            assert heard == []
+        assert heard == [number]
+        signal.raise_signal(number)
+        assert heard == [number, number]
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 IN_RAY = """

@@ -159,6 +159,15 @@ def test_what_is_sent_to_the_nodes_is_what_an_installation_needs():
     assert {Path(name) for name in project["license-files"]} <= sent
 
 
+def test_a_node_that_comes_later_gets_the_same_ray_and_the_same_decoder():
+    (remote,) = (there for there, here in FILE["file_mounts"].items() if here == ".ci/constraints.txt")
+    commands = [c for key in FILE if key.endswith("setup_commands") for c in FILE[key] if "pip install" in c]
+    assert len(commands) == 3
+    assert all(f"pip install -q -c {remote} " in command for command in commands)
+    pinned = [line.split("==")[0] for line in (ROOT / ".ci/constraints.txt").read_text().splitlines() if "==" in line]
+    assert {"ray", "torch", "torchvision", "numpy", "simplejpeg", "pillow", "pyarrow", "obstore"} <= set(pinned)
+
+
 def start_command(node: str) -> str:
     """The command that starts Ray on the head or a worker. Before it comes `ray stop`, which stops every Ray
     on the machine: right on a machine of its own, out of the question in a test.

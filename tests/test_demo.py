@@ -2,8 +2,10 @@
 
 import csv
 import io
+import json
 import os
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -12,8 +14,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -277,10 +280,60 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
 def test_folders_inside_each_other_are_refused(stripes: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="give another folder with --dir"):
         found(data=str(stripes), dir=str(stripes / "demo"))
+    for data, folder in (("flowers", "."), ("x/s3", "x"), ("dd/s3/deep", "dd"), ("flowers/flowers", "flowers/..")):
+        (tmp_path / "at" / data).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(ConfigError, match="lie inside each other: give another folder with --dir"):
+            found(data=str(tmp_path / "at" / data), dir=str(tmp_path / "at" / folder))
+    assert found(data=str(tmp_path / "at/x/s3"), dir=str(tmp_path / "dd")).name == "images"
+    shutil.rmtree(tmp_path / "at")
     config = {"data": str(stripes), "dir": str(tmp_path), "store": str(tmp_path)}
     with pytest.raises(ConfigError, match="lie inside each other"):
         demo.demo(make(DemoConfig, config))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_home_folder_is_the_same_one_for_all_that_is_written(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = make(DemoConfig, {"dir": "~/x", "store": "~/y"})
+    assert (config.dir, config.store) == ("/home/ann/x", "/home/ann/y")
+
+
+def small_demo(tmp_path: Path) -> demo._Demo:
+    source = sources.Source("digits", None, lambda: iter(()), 0, pack={}, train={})
+    return demo._Demo(source, open_store(tmp_path / "store"), tmp_path / "home", lambda event: None)
+
+
+def test_only_what_an_earlier_demo_has_copied_is_removed(tmp_path: Path):
+    one, store, home = small_demo(tmp_path), open_store(tmp_path / "store"), open_store(tmp_path / "home")
+    home.put("labels/mine.jpg", b"photo")
+    store.put("labels/labels/fp=1/part", b"1")
+    one._keep({})
+    (tmp_path / "store/labels/labels/fp=1/part").unlink()
+    store.put("labels/labels/fp=2/part", b"2")
+    one._keep({})
+    kept = {entry.path for entry in home.list()}
+    assert kept == {"labels/mine.jpg", "labels/labels/fp=2/part", "truth.csv", demo.COPIED}
+
+
+def test_an_evaluation_by_another_version_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[VerbConfig] = []
+    values = {field.name: 1.0 for field in fields(demo.EvaluateReport)}
+
+    def evaluate(config: VerbConfig, say: Any) -> demo.EvaluateReport:
+        made.append(config)
+        return demo.EvaluateReport(**values)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(demo, "evaluate", evaluate)
+    one, run = small_demo(tmp_path), open_store(tmp_path / "store/run")
+    bundle: Any = SimpleNamespace(digest="b", url="b")
+    collection: Any = SimpleNamespace(digest="c", rows=lambda split: 3, store=SimpleNamespace(url="c"))
+    one._evaluate(bundle, collection, "test")
+    one._evaluate(bundle, collection, "test")
+    assert len(made) == 1
+    found = json.loads(run.get(demo.EVALUATION))
+    run.put(demo.EVALUATION, json.dumps(found | {"report": values | {"new": 1}}).encode())
+    one._evaluate(bundle, collection, "test")
+    assert len(made) == 2
 
 
 def test_commands_are_printed_as_the_program_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

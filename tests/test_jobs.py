@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import RAY_TRAIN, free_ports, kill_tree
+from conftest import LEAN_RAY, free_ports, kill_tree
 from PIL import Image
 
 import raycnn
@@ -92,7 +92,7 @@ def cluster(s3: S3Server) -> Iterator[Cluster]:
     gcs, dashboard, client, agent = free_ports(4)
     api = f"http://127.0.0.1:{dashboard}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= RAY_TRAIN | {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= LEAN_RAY | {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_API_SERVER_ADDRESS": api}
     environment |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # a busy machine does not import in the usual 5 s
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0"]

@@ -61,7 +61,7 @@ def done(ledger) -> tuple[Ledger, Plan]:
     """A finished output of 20 units with 3 rows each, on two pages."""
     plan = make_plan(ledger, units_of(20))
     for ref in plan.refs:
-        assert ledger.commit(ref, part(ledger, ref))
+        assert ledger.commit(ref, part(ledger, ref), ref.rows)
     finish(ledger, plan)
     return ledger, plan
 
@@ -94,12 +94,19 @@ def test_another_model_or_another_selection_is_refused_by_name(ledger):
 def test_a_committed_unit_is_not_pending_and_is_not_written_again(ledger):
     plan = make_plan(ledger, units_of(3))
     first, *rest = plan.refs
-    assert ledger.commit(first, part(ledger, first))
-    assert not ledger.commit(first, b"a zombie's late part")
+    assert ledger.commit(first, part(ledger, first), first.rows)
+    assert not ledger.commit(first, b"a zombie's late part", first.rows)
     assert ledger.store.get(ledger.path(first)) == part(ledger, first)
     assert ledger.pending(plan) == rest
-    with pytest.raises(StorageError, match="2 units are still pending"):
+    with pytest.raises(StorageError, match="2 units are pending"):
         ledger.finish(plan, {})
+
+
+def test_a_part_without_the_rows_that_were_planned_is_not_committed(ledger):
+    (ref,) = make_plan(ledger, units_of(1)).refs
+    with pytest.raises(DataError, match=r"0000\.png and what follows it: 2 images were read, not the 3"):
+        ledger.commit(ref, part(ledger, ref, ["0000.png", "0001.png"]), 2)
+    assert not ledger.is_committed(ref)
 
 
 def test_a_page_that_was_altered_is_not_trusted(ledger):
@@ -118,6 +125,34 @@ def test_only_what_is_new_is_planned_again():
     assert (growth.changed, growth.gone) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "changed", "gone"),
+    [
+        ([("a.tar", 0, 1), ("a.tar", 1, 1)], [("a.tar", 0, 1), ("a.tar", 1, 1), ("a.tar", 2, 1)], 3, 0),
+        ([("a", 0, 1000), ("a", 1000, 2000)], [("a", 0, 1500), ("a", 1500, 1500)], 3000, 0),
+        ([("a", 0, 1000), ("a", 1000, 2000)], [], 0, 3000),
+    ],
+    ids=["a tar with one more member", "Parquet with other row groups", "gone"],
+)
+def test_an_object_that_has_changed_is_not_planned_again_not_even_in_part(before, after, changed, gone):
+    planned = [Slice("", path, 10, "old", first, rows, 0, 10, -1) for path, first, rows in before]
+    listed = [Slice("", path, 12, "new", first, rows, 0, 12, -1) for path, first, rows in after]
+    growth = Growth()
+    assert [s.path for s in new_slices([*listed, *slices(["b"])], planned, growth)] == ["b"]
+    assert (growth.changed, growth.gone) == (changed, gone)
+
+
+def test_generations_are_compared_with_a_listing_as_one(ledger):
+    make_plan(ledger, [slices(["a", "d"])])
+    make_plan(ledger, [slices(["b", "e"])], 1)
+    growth = Growth()
+    planned = ledger.planned(ledger.plans())
+    assert [s.key for s in new_slices(slices(["a", "b", "c", "d", "e"]), planned, growth)] == ["c"]
+    assert (growth.changed, growth.gone) == (0, 0)
+    with pytest.raises(DataError, match="listed after a name that follows it"):
+        list(new_slices(slices(["b", "a"]), [], growth))
+
+
 def test_verify_proves_a_finished_output(done):
     ledger, _ = done
     report = raycnn.verify(ledger.store.url)
@@ -129,10 +164,10 @@ def test_verify_proves_a_finished_output(done):
 
 def test_verify_says_that_a_run_is_not_over(ledger):
     plan = make_plan(ledger, units_of(4))
-    ledger.commit(plan.refs[0], part(ledger, plan.refs[0]))
+    ledger.commit(plan.refs[0], part(ledger, plan.refs[0]), 3)
     report = raycnn.verify(ledger.store.url)
-    assert (report.unfinished, report.lost, report.present) == (3, 9, 3)
-    assert "3 units are pending" in str(report.error)
+    assert (report.lost, report.present) == (9, 3)
+    assert "the run is not finished; run the same" in str(report.error)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +210,29 @@ def test_verify_needs_an_output_of_label(tmp_path):
     (tmp_path / "x").write_text(json.dumps({}))
     with pytest.raises(DataError, match="no plan there"):
         raycnn.verify(str(tmp_path))
+
+
+def test_whatever_byte_of_a_part_is_altered_verify_says_so(done, tmp_path):
+    ledger, plan = done
+    path = tmp_path / "out" / ledger.path(plan.refs[3])
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 13):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert raycnn.verify(ledger.store.url).altered == 1, place
+
+
+@pytest.mark.parametrize("path", ["plan/g0000.json", "_SUCCESS-g0000.json", "plan/pages/*.parquet"])
+def test_an_output_whose_plan_or_marker_is_damaged_proves_nothing(done, tmp_path, path):
+    ledger, _ = done
+    (file, *_) = (tmp_path / "out").glob(path)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=f"{file.name} was altered or deleted"):
+        raycnn.verify(ledger.store.url)
+
+
+def test_an_output_without_its_success_marker_is_not_finished(done, tmp_path):
+    ledger, _ = done
+    (tmp_path / "out" / "_SUCCESS-g0000.json").unlink()
+    report = raycnn.verify(ledger.store.url)
+    assert report.present == report.expected == 60
+    assert "the run is not finished" in str(report.error)

@@ -1,5 +1,7 @@
 import contextlib
+import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -214,11 +216,11 @@ def test_a_training_checkpoint_of_a_wrapped_model_is_understood(tmp_path):
 
 
 def test_keys_of_published_densenet_and_googlenet_files_are_understood():
-    dense = models.blank("densenet121", 3, spec(32, 32, 3))
+    dense = models.build("densenet121", 3, spec(32, 32, 3))
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in dense.net.state_dict().items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     models.fill(dense, old, "published")
-    google = models.blank("googlenet", 3, spec(32, 32, 3))
+    google = models.build("googlenet", 3, spec(32, 32, 3))
     models.fill(google, google.net.state_dict() | {"aux1.fc1.weight": torch.zeros(1)}, "published")
 
 
@@ -233,6 +235,25 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference():
         models.fill(classifier, state | {"conv2.weight": torch.zeros(2, 2)}, "w")
     with pytest.raises(BundleError, match="a head for 5 classes, but 3 are named"):
         models.fill(classifier, state | {"fc.weight": torch.zeros(5, 9), "fc.bias": torch.zeros(5)}, "w")
+
+
+def test_weights_that_are_no_finite_real_numbers_are_refused():
+    classifier = models.build("classic", 3, spec())
+    state = classifier.net.state_dict()
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(BundleError, match=r"^w: conv2\.bias holds NaN or infinity; "):
+            models.fill(classifier, state | {"conv2.bias": torch.full((32,), value)}, "w")
+    with pytest.raises(BundleError, match=r"conv2\.bias holds complex numbers$"):
+        models.fill(classifier, state | {"conv2.bias": torch.zeros(32, dtype=torch.complex64)}, "w")
+    with pytest.raises(BundleError, match=r"fc\.weight is \(\), expected"):
+        models.fill(classifier, state | {"fc.weight": torch.tensor(1.0)}, "w")
+
+
+def test_a_type_of_weights_that_torch_does_not_have_is_one_clear_line(tmp_path):
+    header = json.dumps({"conv1.weight": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(BundleError, match=r"w\.safetensors has weights of type F8_E8M0; save them as F32$"):
+        models.build("classic", 3, spec(), str(tmp_path / "w.safetensors"))
 
 
 class Code:

@@ -179,8 +179,27 @@ def test_a_pack_that_was_killed_resumes_and_keeps_what_was_done(tmp_path):
     assert not (tmp_path / "packed" / "manifest.json").exists()
     report = raycnn.pack(source, str(tmp_path / "packed"), shard_mib=1)
     assert report.rows == 16
+    assert sorted(r["key"] for r in rows_of(str(tmp_path / "packed"))) == sorted(f"c{i % 2}/{i}.png" for i in range(16))
     assert 0 < report.shards_written <= 16 - len(done)
     assert all(f.stat().st_mtime_ns == at for f, at in done.items())
+
+
+def test_a_source_with_a_split_that_nobody_knows_is_refused_before_anything_is_written(tmp_path):
+    source = fill(str(tmp_path / "raw"), {f"{i}.png": png(i) for i in range(6)})
+    words = ("train", "test", "unlabeled", "train", "test", "val")
+    lines = [f"{i}.png,{i % 2},{word}" for i, word in enumerate(words)]
+    Path(source, "labels.csv").write_text("\n".join(["image,label,split", *lines]))
+    with pytest.raises(DataError, match=r"2\.png names the split 'unlabeled'; call it train, val or test, or leave it"):
+        raycnn.pack(source, str(tmp_path / "packed"))
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_source_of_which_everything_is_excluded_leaves_no_plan_behind(tmp_path):
+    source = fill(str(tmp_path / "raw"), images(6))
+    for _ in range(2):
+        with pytest.raises(DataError, match="no images to pack; left out"):
+            raycnn.pack(source, str(tmp_path / "packed"), exclude=("*",))
+    assert not (tmp_path / "packed").exists()
 
 
 def test_an_output_inside_its_input_is_refused(tmp_path):

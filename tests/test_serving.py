@@ -210,7 +210,10 @@ def test_the_endpoint_says_how_it_is_and_refuses_what_it_cannot_take(endpoint):
     assert endpoint.get("/v1/model").json()["class_names"] == list(CLASSES)
     assert endpoint.post("/v1/classify", content=b"x" * 100_001).status_code == 413
     assert endpoint.post("/v1/classify", content=(b"x" * 1000 for _ in range(200))).status_code == 413
-    assert endpoint.post("/v1/classify?top_k=0", content=b"x").status_code == 400
+    for top_k in ("0", "101", "abc"):
+        reply = endpoint.post(f"/v1/classify?top_k={top_k}", content=b"x")
+        assert (reply.status_code, reply.headers["content-type"]) == (400, "application/problem+json")
+        assert reply.json()["detail"].startswith("top_k: ")
     assert endpoint.post("/v1/classify", files={"image": b"x"}).status_code == 415
     assert endpoint.get("/v1/classify").status_code == 405
 
@@ -237,15 +240,25 @@ def test_sigterm_is_as_good_as_ctrl_c():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the endpoint does not hear it"))
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    handlers = {number: signal.getsignal(number) for number in before}
     try:
         serving._wait()
+        assert {number: signal.getsignal(number) for number in before} == handlers
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def test_a_thread_that_hears_no_signal_is_told_before_anything_is_deployed():
+    with ThreadPoolExecutor() as pool, pytest.raises(ConfigError, match="call it from the main thread"):
+        pool.submit(raycnn.serve, "no/such/bundle").result()
+
+
 def test_bundles_are_named_by_their_argument_or_their_folder():
     assert named_bundles(("a/b/", "x=c/d")) == {"b": absolute("a/b"), "x": absolute("c/d")}
+    dated = "s3://bucket/date=2026-01-01/bundle"
+    assert named_bundles((dated, f"x={dated}")) == {"bundle": dated, "x": dated}
+    assert named_bundles(("s3://b/run/bundle?anonymous",)) == {"bundle": "s3://b/run/bundle?anonymous"}
     with pytest.raises(ConfigError, match="two bundles are named 'b'"):
         named_bundles(("a/b", "c/b"))
 

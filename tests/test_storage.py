@@ -186,6 +186,41 @@ def test_a_listing_is_whole_and_in_order_whatever_the_pages_and_the_server_s_ord
     assert found == sorted(key for key in keys if key.startswith(prefix))
 
 
+def looked_at(keys: set[str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str], int]:
+    """Folders and files that an S3 store finds at the top, and how many requests that took."""
+    asked: list[Query] = []
+    answer = serve(keys, 1000, as_tree=False)
+    monkeypatch.setattr("raycnn.storage.s3.S3Store._page", lambda _, query: asked.append(query) or answer(query))
+    return *open_store("s3://bucket/in").children(), len(asked)
+
+
+@pytest.mark.parametrize(
+    ("image", "beside"),
+    [
+        ("{:06}.jpg", {"labels.csv", "manifest.json"}),
+        ("img_{:06}.jpg", {"img_labels.csv", "index.csv", "2017.jsonl", "zebra/1.jpg", "yak/1.jpg"}),
+        ("{:06x}.jpg", {"labels.csv", "über/1.jpg"}),
+        ("photo ({}).jpg", {"photos.csv", "metadata.jsonl"}),
+    ],
+)
+def test_what_lies_behind_millions_of_images_on_one_level_is_seen_soon(
+    image: str, beside: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    spread = 16_777_216 // 30_000 if "x" in image else 1
+    flat = {image.format(n * spread) for n in range(30_000)}
+    folders, files, requests = looked_at(flat | beside, monkeypatch)
+    assert {f"{folder}/1.jpg" for folder in folders} | (set(files) - flat) == beside
+    assert files == sorted(set(files))
+    assert requests <= 60
+    assert len(files) < 30_000
+
+
+def test_class_folders_are_all_seen_however_many_files_lie_beside_them(monkeypatch: pytest.MonkeyPatch):
+    keys = {f"{n:05}.json" for n in range(12_000)} | {f"c{n:04}/x.jpg" for n in range(2_500)}
+    folders, _, _ = looked_at(keys, monkeypatch)
+    assert folders == [f"c{n:04}" for n in range(2_500)]
+
+
 @pytest.mark.s3
 def test_a_folder_marker_is_listed_as_such(s3_url: str):
     store = open_store(s3_url)
@@ -352,12 +387,30 @@ def test_the_probe_refuses_a_store_that_ignores_the_condition(odd: OddServer):
     odd.conditional = False
     store = open_store("s3://bucket/out")
     store.put("plan", b"1")
-    refusal = r"^s3://bucket/out: .*If-None-Match.*--single-driver.*$"
+    refusal = r"^s3://bucket/out: .*If-None-Match.*\?single_driver.*--single-driver.*$"
     with pytest.raises(StorageError, match=refusal):
         store.probe_create_once("plan", b"1")
     odd.script["PUT"] = ["501"] * 100
     with pytest.raises(StorageError, match=refusal):
         store.probe_create_once("plan", b"1")
+
+
+@pytest.mark.parametrize("answer", ["ignored", "501"])
+def test_a_promise_that_nobody_else_writes_does_without_the_condition(odd: OddServer, answer: str):
+    odd.conditional = False
+    store = open_store(open_store("s3://bucket/out?requester_pays").single_driver().url)
+    assert store.url == "s3://bucket/out?requester_pays&single_driver"
+    for mine in (store, pickle.loads(pickle.dumps(store.child("below")))):
+        assert mine.create("plan", b"1")
+        assert not mine.create("plan", b"2")
+        mine.probe_create_once("plan", b"1")
+        assert mine.get("plan") == b"1"
+    assert not [headers for method, _, headers in odd.seen if method == "PUT" and "if-none-match" in headers]
+
+
+def test_on_a_local_folder_the_promise_changes_nothing(tmp_path: Path):
+    store = open_store(tmp_path).single_driver()
+    assert (store.create("x", b"1"), store.create("x", b"2")) == (True, False)
 
 
 def test_a_create_whose_answer_was_lost_is_repeated_and_leaves_one_object(odd: OddServer):
@@ -388,6 +441,33 @@ def test_a_failing_server_is_asked_again(odd: OddServer):
     store.put("key", b"1")
     odd.script["GET"] = ["500", "503"]
     assert store.get("key") == b"1"
+
+
+def test_a_failing_server_is_not_taken_for_another_region(odd: OddServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(aws, "RETRIES", 0)
+    store = open_store("s3://bucket/region-3")
+    for status, told in (("503", "keeps failing"), ("400", "the store refuses")):
+        odd.script["GET"] = [status] * 100
+        with pytest.raises(StorageError, match=rf"^s3://bucket/region-3/x: .*{told}") as caught:
+            store.get("x")
+        assert "AWS_REGION" not in str(caught.value)
+    odd.script["GET"] = ["301"] * 100
+    with pytest.raises(StorageError, match="set AWS_REGION to its region"):
+        store.get("x")
+
+
+def test_no_password_is_told(monkeypatch: pytest.MonkeyPatch):
+    store = open_store("s3://bucket/in")
+    for endpoint in ("http://user:HUSH@127.0.0.1:1", "user:HUSH@127.0.0.1:1"):
+        at(monkeypatch, endpoint)
+        for ask in (lambda: store.get("x"), lambda: list(store.list())):
+            with pytest.raises(StorageError, match=r"127\.0\.0\.1:1") as caught:
+                ask()
+            assert "HUSH" not in str(caught.value)
+    for url in ("s3://KEY:HUSH@bucket/x", "s3://KEY:HU/SH@bucket/x?anonymus", "gs://KEY:HUSH@bucket"):
+        with pytest.raises(ConfigError, match="s3://") as caught:
+            open_store(url)
+        assert "HU" not in str(caught.value)
 
 
 def test_options_of_the_url_decide_who_asks_and_who_pays(odd: OddServer):

@@ -2,26 +2,28 @@
 
 import io
 import json
-import os
 import shutil
-import signal
-import threading
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import raycnn
 from raycnn import bundle as bundles
-from raycnn import data
-from raycnn.config import TrainConfig, make
+from raycnn import data, loop
+from raycnn.config import IMAGENET_MEAN, ImageSpec, TrainConfig, make
 from raycnn.errors import ConfigError, DataError
+from raycnn.loop import Trainer, pack_state
+from raycnn.models import build
+from raycnn.shards import PackedCollection, open_collection
 from raycnn.storage import open_store
 from raycnn.training import Checkpoints, image_spec, train
+from raycnn.training.folder import History, claim
+from raycnn.training.rank import hand_over
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -89,48 +91,6 @@ def test_a_run_on_s3_learns_leaves_a_bundle_and_is_not_done_twice(packed, s3_url
         train(config_of(str(tmp_path / "moved"), f"{s3_url}/run"))
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_run_goes_on_with_other_workers_and_survives_the_death_of_one(small_cluster):
-    run, killed = small_cluster.folder / "run", threading.Event()
-    done = Checkpoints(open_store(str(run))).last()
-    assert done is not None
-    last = done["epoch"] + 6
-    # It could have died anywhere: between metrics and checkpoint, tensors and marker, config.json and weights.
-    lines = (run / "metrics.jsonl").read_text().splitlines()[: done["epoch"] + 1]
-    lines.append(json.dumps(json.loads(lines[-1]) | {"epoch": done["epoch"] + 1, "train/loss": 99.0}))
-    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    free = ({0, 1, 2} - {done["slot"], Checkpoints(open_store(str(run))).best()["slot"]}).pop()
-    (run / "checkpoints" / f"slot-{free}.safetensors").write_bytes(b"half")
-    open_store(str(run)).put("bundle/config.json", b'{"incomplete": true, "metrics": {}}')
-
-    def kill_a_worker(event: dict) -> None:
-        if event["kind"] == "epoch" and event["epoch"] < last - 1 and not killed.is_set():
-            workers = [p for p in psutil.process_iter() if is_train_worker(p)]
-            assert len(workers) == 2
-            os.kill(workers[0].pid, signal.SIGKILL)
-            killed.set()
-
-    packed = str(small_cluster.folder / "packed")
-    report = train(config_of(packed, run, batch_size=16, num_workers=2, epochs=last + 1), kill_a_worker)
-    assert killed.is_set()
-    assert (report.resumed_at_epoch, report.epochs) == (done["epoch"] + 1, last + 1)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == list(range(last + 1))
-    steps = -(-train_rows(packed) // 16)
-    assert [line["step"] for line in lines] == [steps * (e + 1) for e in range(last + 1)]
-    assert all(line["train/loss"] < 99 for line in lines)
-    assert report.accuracy_top1 > 0.95
-    assert bundles.load(report.bundle).config["metrics"]["epochs"] == last + 1
-
-
-def is_train_worker(process: psutil.Process) -> bool:
-    """A training worker of this test run's own cluster; others on the machine are left alone."""
-    try:
-        return "RayTrainWorker" in " ".join(process.cmdline()) and psutil.Process() in process.parents()
-    except psutil.Error:
-        return False
-
-
 def test_a_torn_checkpoint_is_not_used(tmp_path):
     checkpoints = Checkpoints(open_store(str(tmp_path)))
     for epoch, accuracy in enumerate((0.9, 0.7, 0.8, 0.6)):
@@ -151,6 +111,47 @@ def test_a_torn_checkpoint_is_not_used(tmp_path):
     left = Checkpoints(open_store(str(tmp_path))).last()
     assert left is not None
     assert left["epoch"] == 0
+
+
+def test_a_run_that_is_to_end_sooner_than_it_has_come_is_finished(packed, tmp_path):
+    config, collection = config_of(packed, tmp_path, epochs=2), open_collection(packed)
+    assert isinstance(collection, PackedCollection)
+    store = open_store(str(tmp_path))
+    claim(store, config, collection)
+    classifier = build("classic", 2, image_spec(config, collection.manifest), seed=0)
+    state = pack_state(classifier, Trainer(classifier, config, 10).optimizer)
+    pixels = torch.zeros((2, 8, 8, 1), dtype=torch.uint8)
+    metrics = loop.evaluate(classifier, [loop.Batch(pixels, torch.tensor([0, 1]))], 2)
+    Checkpoints(store).save(state | {"validation": metrics.to_vector()}, 6, 0.5)
+    History(store).add({"epoch": 6, "step": 70, "images_per_s": 1.0, "skipped": {}})
+    hand_over(config, collection, classifier)
+    assert train(config).epochs == 7
+    assert train(config_of(packed, tmp_path, epochs=7)).resumed_at_epoch == 7
+
+
+@pytest.mark.parametrize("file", ["run.json", "config.yaml"])
+def test_nothing_is_packed_into_the_folder_of_another_run(tmp_path, file):
+    store, rng = open_store(str(tmp_path / "raw")), np.random.default_rng(0)
+    for i in range(4):
+        store.put(f"{i % 2}/{i}.png", png(rng, True))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_text('{"data_digest": "another", "lanes": 8}')
+    with pytest.raises(ConfigError, match="use another run folder"):
+        train(config_of(str(tmp_path / "raw"), tmp_path / "run"))
+    assert [f.name for f in (tmp_path / "run").iterdir()] == [file]
+
+
+def test_a_model_starts_from_weights_with_the_input_that_they_were_made_for(tmp_path):
+    color, large = {"height": [8, 9], "width": [8, 9], "channels": {"1": 5, "3": 5}}, {"model": "inception_v3"}
+    gray = build("classic", 10, ImageSpec(channels=1, mean=(0.4,), std=(0.2,)), seed=0)
+    save_file(gray.net.state_dict(), tmp_path / "gray.safetensors")
+    spec = image_spec(config_of("d", "r", weights=str(tmp_path / "gray.safetensors")), {"images": color})
+    assert (spec.channels, len(spec.mean)) == (1, 1)
+    build("classic", 2, spec, str(tmp_path / "gray.safetensors"))
+    spec = image_spec(config_of("d", "r", weights="DEFAULT", **large), {"images": color | {"channels": {"1": 9}}})
+    assert (spec.height, spec.channels, spec.mean) == (299, 3, (0.5, 0.5, 0.5))
+    spec = image_spec(config_of("d", "r", **large), {"images": color})
+    assert (spec.height, spec.mean) == (224, IMAGENET_MEAN)
 
 
 def test_a_mistake_that_only_one_worker_meets_ends_the_run_at_once(ray_cluster):

@@ -135,15 +135,15 @@ def load(url: str) -> Bundle:
     try:
         known = _Config.model_validate(config)
     except ValidationError as error:
-        raise BundleError(f"{store.url}/{CONFIG}: {explain(error)}") from None
+        raise BundleError(f"{store.address(CONFIG)}: {explain(error)}") from None
     files = {path: _read_checked(store, path, digest) for path, digest in known.files.items()}
     for path in (WEIGHTS, VALIDATION, EXPECTED):
         if path not in files:
-            raise BundleError(f"{store.url}/{CONFIG} does not list {path}, so the bundle is incomplete")
+            raise BundleError(f"{store.address(CONFIG)} does not list {path}, so the bundle is incomplete")
     classifier = models.blank(known.model, len(known.label_names), known.image_spec)
-    models.fill(classifier, models.parse_weights(files[WEIGHTS], WEIGHTS), f"{store.url}/{WEIGHTS}")
+    models.fill(classifier, models.parse_weights(files[WEIGHTS], WEIGHTS), f"{store.address(WEIGHTS)}")
     classifier.eval().requires_grad_(False)
-    selftest = run_selftest(store.url, files, classifier, known.versions.get("decoder"))
+    selftest = run_selftest(store.address(), files, classifier, known.versions.get("decoder"))
     weights_sha256 = known.files[WEIGHTS]
     decides = {"weights": weights_sha256} | known.model_dump(
         mode="json", include={"model", "label_names", "image_spec", "temperature"}
@@ -217,31 +217,31 @@ def _read_config(store: Store) -> dict[str, Any]:
     try:
         data = store.get(CONFIG)
     except ObjectMissing:
-        raise BundleError(f"{store.url} is no bundle: it has no {CONFIG}") from None
+        raise BundleError(f"{store.address()} is no bundle: it has no {CONFIG}") from None
     try:
         config = json.loads(data)
     except ValueError as error:
-        raise BundleError(f"{store.url}/{CONFIG} is not readable as JSON ({error}); save the bundle again") from None
+        raise BundleError(f"{store.address(CONFIG)} is not readable as JSON ({error}); save the bundle again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise BundleError(f"{store.url} is no raycnn bundle; make one with `raycnn train` or `raycnn import`")
+        raise BundleError(f"{store.address()} is no raycnn bundle; make one with `raycnn train` or `raycnn import`")
     if config.get("version") != VERSION:
         raise BundleError(
-            f"{store.url} has bundle format {config.get('version')} and this raycnn reads {VERSION}; upgrade raycnn"
+            f"{store.address()} has bundle format {config.get('version')}, this raycnn reads {VERSION}; upgrade raycnn"
         )
     if config.get("incomplete"):
-        raise BundleError(f"{store.url} is incomplete: saving it was cut short; run that command again")
+        raise BundleError(f"{store.address()} is incomplete: saving it was cut short; run that command again")
     if config.get("sha256") != _sha256_of(config):
-        raise BundleError(f"{store.url}/{CONFIG} was altered after it was saved; save the bundle again")
+        raise BundleError(f"{store.address(CONFIG)} was altered after it was saved; save the bundle again")
     return config
 
 
 def _read_checked(store: Store, path: str, digest: str) -> bytes:
     if path.startswith("/") or ".." in path.split("/"):
-        raise BundleError(f"{store.url}/{CONFIG} lists a file outside the bundle: {path}")
+        raise BundleError(f"{store.address(CONFIG)} lists a file outside the bundle: {path}")
     try:
         data = store.get(path)
     except ObjectMissing:
-        raise BundleError(f"{store.url}/{path} is missing; copy the whole bundle again") from None
+        raise BundleError(f"{store.address(path)} is missing; copy the whole bundle again") from None
     if hashlib.sha256(data).hexdigest() != digest:
-        raise BundleError(f"{store.url}/{path} was altered after it was saved; copy the whole bundle again")
+        raise BundleError(f"{store.address(path)} was altered after it was saved; copy the whole bundle again")
     return data

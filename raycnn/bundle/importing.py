@@ -1,7 +1,7 @@
 """`raycnn import`: a bundle from a known architecture and its weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ def import_model(config: ImportConfig) -> ImportReport:
     recipe = config.model_dump(mode="json")
     _refuse_another(config.dst, recipe)
     names = _class_names(config.classes)
-    spec = _published_spec(config)
+    spec = _spec(config)
     state = models.load_weights(config.model, config.weights)
     classifier = models.blank(config.model, len(names), spec)
     if models.channels_in(classifier, state) == 1:
@@ -87,21 +87,9 @@ def _class_names(source: str) -> tuple[str, ...]:
     return names
 
 
-def _published_spec(config: ImportConfig) -> ImageSpec:
-    """The image spec that goes with the architecture's weights, at the size that was asked for, if any."""
-    size = config.image_size
-    if config.model == models.CLASSIC:
-        return ImageSpec.model_validate({"height": size, "width": size})
-    if config.model.startswith(models.TIMM):
-        spec = models.timm_spec(config.model)
-    else:
-        spec = _chosen(config, models.published(config.model)).spec
-    asked = "image_size" in config.model_fields_set
-    return spec.model_copy(update={"height": size, "width": size}) if asked else spec
-
-
-def _chosen(config: ImportConfig, known: Sequence[models.Published]) -> models.Published:
-    """The published weights that the configuration means: by name, or by the file's name."""
-    wanted = config.weights.rpartition(".")[2] if models.is_published_name(config.weights) else None
-    leaf = config.weights.partition("?")[0].rpartition("/")[2]
-    return next((p for p in known if p.name == wanted or p.url.endswith(f"/{leaf}")), known[0])
+def _spec(config: ImportConfig) -> ImageSpec:
+    """The image spec that goes with the weights, at the size that was asked for, if any."""
+    known, size = models.published_spec(config.model, config.weights), config.image_size
+    if known is not None and "image_size" not in config.model_fields_set:
+        return known
+    return (known or ImageSpec()).model_copy(update={"height": size, "width": size})

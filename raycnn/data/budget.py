@@ -66,6 +66,13 @@ class TrainPlan(NamedTuple):
     threads: int
 
 
+class ServePlan(NamedTuple):
+    """What each replica of an endpoint reserves; one process decodes and predicts."""
+
+    cpus: float
+    gpus: float
+
+
 def plan_units(verb: str, now: Resources, limit: Resources, units: int, use_gpu: bool = False) -> UnitPlan:
     """One worker per CPU, or per GPU with its share of the node's CPUs, and never more than there are units.
 
@@ -118,6 +125,24 @@ def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPla
         if limit.room(cpus, gpus) >= num_workers and limit.room(cpus) >= 2 * num_workers:
             return TrainPlan(cpus, gpus, 1, cpus, threads)
     raise _too_few(num_workers, limit, gpus)
+
+
+def plan_serving(models: int, replicas: int, limit: Resources) -> ServePlan:
+    """One CPU for each replica of each model, and a GPU for each where there is one for all of them.
+
+    Raises:
+        ConfigError: too few CPUs; with the arithmetic.
+    """
+    wanted = models * replicas
+    for gpus in (1.0, 0.0):
+        if limit.room(1, gpus) >= wanted:
+            return ServePlan(1, gpus)
+    fitting = limit.room(1) // models
+    remedy = f"use --replicas {fitting}" if fitting else "serve fewer models, or add a worker node"
+    raise ConfigError(
+        f"serve: {models} model{'s' * (models > 1)} x {replicas} replica{'s' * (replicas > 1)} = {wanted}, each with "
+        f"1 CPU on one node, and the cluster has {_described(limit)}: {remedy}"
+    )
 
 
 def _too_few(num_workers: int, limit: Resources, gpus: float) -> ConfigError:

@@ -48,6 +48,26 @@ def connect(say: Progress | None = None) -> None:
     _quiet()
 
 
+def is_connected() -> bool:
+    """Whether this process has a cluster already."""
+    import ray
+
+    return ray.is_initialized()
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Disconnect at the end, which ends a cluster that was started inside; not from one that was there before."""
+    import ray
+
+    was_connected = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_connected:
+            ray.shutdown()
+
+
 def _start_or_join(head: str | None, say: Progress | None) -> None:
     import ray
 
@@ -69,19 +89,22 @@ def _start_or_join(head: str | None, say: Progress | None) -> None:
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Ctrl-C waits the seconds until Ray is up: a half-started one leaves its agents behind for minutes."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    """Ctrl-C and SIGTERM wait the seconds until Ray is up: a half-started one leaves its agents behind for minutes."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    waiting: list[int] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, lambda number, _: waiting.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        signal.raise_signal(waiting[0])
 
 
 def _running() -> str | None:

@@ -27,6 +27,8 @@ class FeedBatch(NamedTuple):
     pixels: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     failures: list[Bad]
+    unlabelled: int
+    """Rows that have pixels, and no label."""
 
 
 def row_ranges(groups: Sequence[Slice], low: int, high: int, max_rows: int) -> list[dict[str, Any]]:
@@ -68,7 +70,7 @@ def decode_piece(
         if seed is not None and crop_scale < 1:
             rng = np.random.default_rng([seed, item["epoch"], key_hash(sample.key, "raycnn-box")])
             box = images.random_box(shape, rng, scale=(crop_scale, 1.0))
-        made = images.pixels(sample.encoded, shape, box)
+        made = sample.bad or images.pixels(sample.encoded, shape, box)
         if isinstance(made, Bad):
             bad[i] = f"{made.status}\t{sample.key}: {made.detail}"
         else:
@@ -130,10 +132,12 @@ def join(parts: Sequence[Block], spec: ImageSpec) -> FeedBatch:
     """The parts as one batch, without the rows that have no pixels or no label."""
     if not parts:
         empty = np.zeros((0, spec.height, spec.width, spec.channels), np.uint8)
-        return FeedBatch(empty, np.zeros(0, np.int64), [])
+        return FeedBatch(empty, np.zeros(0, np.int64), [], 0)
     pixels, labels, bad = (np.concatenate([p[k] for p in parts]) for k in ("pixels", "label", "bad"))
     failures = [Bad(*text.split("\t", 1)) for text in bad if text]
-    usable = np.array([not text for text in bad], bool) & (labels >= 0)
+    readable = np.array([not text for text in bad], bool)
+    usable = readable & (labels >= 0)
+    unlabelled = int(np.count_nonzero(readable & ~usable))
     if not usable.all():
         pixels, labels = pixels[usable], labels[usable]
-    return FeedBatch(pixels, labels, failures)
+    return FeedBatch(pixels, labels, failures, unlabelled)

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from raycnn import bundle as bundles
-from raycnn import explaining, images
+from raycnn import data, explaining, images
 from raycnn.config import DemoConfig, EvaluateConfig, LabelConfig, PackConfig, TrainConfig, VerifyConfig, make
-from raycnn.demo.sources import Source, find_source
+from raycnn.demo.sources import Source, find_source, places
 from raycnn.errors import Bad, ConfigError, DataError, RaycnnError, Status
 from raycnn.evaluating import EvaluateReport, evaluate
 from raycnn.labeling import LabelReport, label
@@ -48,6 +48,8 @@ BUCKET = "raycnn-demo"
 TRANSFERS = 16
 """Small objects that are written or copied at a time."""
 EVALUATION = "evaluation.json"
+COPIED = ".copied.json"
+"""In the demo's folder: what of it was copied from the store, by this run or an earlier one."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -123,7 +125,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> DemoReport:
     start = time.perf_counter()
     source = find_source(config)
     home = Path(config.dir) / source.name
-    with _store(config, source, home) as url:
+    with _store(config, source) as url:
         made = _Demo(source, open_store(url), home, progress or (lambda event: None)).run()
     evaluated, labelled, found = made
     return DemoReport(
@@ -186,16 +188,16 @@ class _Demo:
     def _stage(self) -> str:
         """Put the images into the store as they are, unless they lie somewhere already; return where."""
         if self._source.url is not None:
-            self._note(f"1/7 take the images from {self._source.url}")
+            self._note(f"1/7 take the images from {open_store(self._source.url).address()}")
             return self._source.url
         raw = self._store.child("raw")
-        self._note(f"1/7 put {self._source.size:,} files into {raw.url}")
+        self._note(f"1/7 put {self._source.size:,} files into {raw.address()}")
         self._put([raw], self._source.files(), self._source.size)
         return raw.url
 
     def _pack(self, raw: str) -> PackedCollection:
         packed = self._url("packed")
-        self._note(f"2/7 pack them into {packed}")
+        self._note(f"2/7 pack them into {self._store.address('packed')}")
         report = pack(make(PackConfig, {"src": raw, "dst": packed} | self._source.pack), self._say)
         self._note_done(not report.shards_written, "packed")
         collection = open_collection(packed)
@@ -215,7 +217,9 @@ class _Demo:
         self._note(f"4/7 evaluate on {collection.rows(split):,} images that training has not seen")
         run, counted = self._store.child("run"), {"bundle": bundle.digest, "data": collection.digest, "split": split}
         found = json.loads(run.get(EVALUATION)) if run.head(EVALUATION) is not None else {}
-        is_done = found.get("of") == counted
+        # A report of another version of raycnn has other fields.
+        fields = {field.name for field in dataclasses.fields(EvaluateReport)}
+        is_done = found.get("of") == counted and found["report"].keys() == fields
         self._note_done(is_done, "evaluated")
         if is_done:
             report = EvaluateReport(**found["report"])
@@ -291,12 +295,19 @@ class _Demo:
                     ("filters.png", "What the first layer has learned", filters),
                     ("feature-maps.png", f"One held-out image, {photo}, layer by layer", maps),
                 ], photo
-        raise DataError(f"{photos.url}: none of the held-out images can be read")
+        raise DataError(f"{photos.address()}: none of the held-out images can be read")
 
     def _keep(self, truth: dict[str, str | None]) -> None:
-        """Copy what the store holds, but for the images, to the demo's folder."""
-        shutil.rmtree(self._home / "labels", ignore_errors=True)
+        """Copy what the store holds, but for the images, to the demo's folder.
+
+        What an earlier demo has copied and the store has no more goes, such as another network's labels; what else
+        lies in the folder stays.
+        """
         wanted = [e.path for e in self._store.list() if not e.path.startswith(("raw/", "photos/"))]
+        copied: set[str] = set(json.loads(self._kept.get(COPIED))) if self._kept.head(COPIED) is not None else set()
+        self._kept.put(COPIED, json.dumps(sorted(copied.union(wanted))).encode())
+        for path in copied.difference(wanted):
+            (self._home / path).unlink(missing_ok=True)
         deque(_parallel(self._copy, wanted), maxlen=0)
         lines = "".join(f"{photo},{'' if name is None else _csv(name)}\n" for photo, name in truth.items())
         self._kept.put("truth.csv", f"photo,class\n{lines}".encode())
@@ -362,42 +373,30 @@ def _typed() -> str:
 
 
 @contextmanager
-def _store(config: DemoConfig, source: Source, home: Path) -> Iterator[str]:
+def _store(config: DemoConfig, source: Source) -> Iterator[str]:
     """The URL of the demo's place: in the folder given, or on an S3 server that lives as long as the context.
 
     Ray's workers learn the server's address from the environment that they inherit, so Ray is started here too.
     """
-    import ray
-
+    (_, home), (_, place) = places(config, source)
     if config.store is not None:
-        url = open_store(f"{config.store.rstrip('/')}/{source.name}").url
-        if contains(url, str(home)) or contains(str(home), url):
-            raise ConfigError(f"demo: the store {url} and the results {home} lie inside each other: give another --dir")
-        with _ray():
-            yield url
+        if contains(place, home) or contains(home, place):
+            raise ConfigError(
+                f"demo: the store {place} and the results {home} lie inside each other: give another --dir"
+            )
+        with data.session():
+            yield place
         return
-    if ray.is_initialized():
+    if data.is_connected():
         raise ConfigError(
             "demo: Ray already runs in this process and would not find the demo's S3 server: "
             "call ray.shutdown() first, or give a folder as the store"
         )
-    server = S3Server(Path(config.dir).resolve() / "s3")
-    with server, _environment(server), _ray():
+    server = S3Server(Path(place).resolve())
+    # Ray ends before the server that its workers use.
+    with server, _environment(server), data.session():
         server.create_bucket(BUCKET)
         yield f"s3://{BUCKET}/{source.name}"
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    """Stop Ray at the end, if it did not run before: before the server that its workers use."""
-    import ray
-
-    was_running = ray.is_initialized()
-    try:
-        yield
-    finally:
-        if not was_running:
-            ray.shutdown()
 
 
 @contextmanager

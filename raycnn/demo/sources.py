@@ -14,6 +14,8 @@ from raycnn.config import DemoConfig
 from raycnn.errors import ConfigError
 from raycnn.storage import contains, open_store
 
+SERVER = "s3"
+"""Where in the demo's folder the S3 server keeps its data."""
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package puts it."""
 FASHION_CLASSES = (
@@ -47,7 +49,7 @@ def find_source(config: DemoConfig) -> Source:
     """The images that `data` names.
 
     Raises:
-        ConfigError: they are not installed, there is no such folder, or the demo's own folder lies in it.
+        ConfigError: they are not installed, there is no such folder, or the demo would write to it.
     """
     if config.data == "digits":
         file = digits_file()
@@ -63,11 +65,25 @@ def _folder(config: DemoConfig) -> Source:
         raise ConfigError(f"demo: {config.data} lies on another S3 than the demo's own; add --store FOLDER")
     if "://" not in config.data and not Path(config.data).expanduser().is_dir():
         raise ConfigError(f"demo: no such data {config.data!r}: choose digits, fashion-mnist, or a folder of images")
-    url = open_store(config.data).url
-    for what, place in (("dir", config.dir), ("store", config.store)):
-        if place is not None and contains(url, place):
-            raise ConfigError(f"demo: {place} lies inside the images {url}: give another folder with --{what}")
-    return Source(url.rstrip("/").rpartition("/")[2] or "images", url, lambda: iter(()), 0, pack={}, train={})
+    images = open_store(config.data)
+    name = images.address().rpartition("/")[2]
+    name = "images" if name in ("", SERVER) else name
+    source = Source(name, images.url, lambda: iter(()), 0, pack={}, train={})
+    for what, place in places(config, source):
+        if contains(images.url, place) or contains(place, images.url):
+            raise ConfigError(
+                f"demo: {place} and the images {images.address()} lie inside each other: "
+                f"give another folder with --{what}"
+            )
+    return source
+
+
+def places(config: DemoConfig, source: Source) -> list[tuple[str, str]]:
+    """Where the demo writes, each with the name of the setting that decides it: its results, and its store."""
+    home = ("dir", str(Path(config.dir) / source.name))
+    if config.store is not None:
+        return [home, ("store", open_store(config.store).child(source.name).url)]
+    return [home, ("dir", str(Path(config.dir) / SERVER))]
 
 
 def digits_file() -> Path:

@@ -33,6 +33,7 @@ from raycnn.models.weights import (
     load_weights,
     parse_weights,
     published,
+    published_spec,
     read_file,
     require_file,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "load_weights",
     "parse_weights",
     "published",
+    "published_spec",
     "read_file",
     "require_file",
     "timm_spec",
@@ -126,7 +128,8 @@ def fill(classifier: Classifier, state: Mapping[str, Tensor], source: str, *, ne
     and inception_v3, which only training with them would use, are ignored.
 
     Raises:
-        BundleError: keys or shapes differ; names the first difference and `source`.
+        BundleError: keys or shapes differ, or a weight is not a finite real number; names the first such one and
+            `source`.
     """
     net, own = classifier.net, classifier.net.state_dict()
     state = {_OLD_DENSENET_KEY.sub(r"\1\2", k): v for k, v in state.items() if not k.startswith(_AUXILIARY)}
@@ -135,17 +138,23 @@ def fill(classifier: Classifier, state: Mapping[str, Tensor], source: str, *, ne
     if kernel is not None and kernel.shape[1:2] == (3,) and own[f"{first}.weight"].shape[1] == 1:
         state[f"{first}.weight"] = kernel.sum(dim=1, keepdim=True)
     fresh: set[str] = set()
-    classes = state[f"{votes}.weight"].shape[:1] if f"{votes}.weight" in state else (classifier.num_classes,)
-    if classes != (classifier.num_classes,):
+    rows = state[f"{votes}.weight"].shape[:1] if f"{votes}.weight" in state else ()
+    if rows and rows[0] != classifier.num_classes:
         if not new_head:
-            raise BundleError(f"{source} has a head for {classes[0]} classes, but {classifier.num_classes} are named")
+            raise BundleError(f"{source} has a head for {rows[0]} classes, but {classifier.num_classes} are named")
         fresh = {f"{votes}.weight", f"{votes}.bias"} & own.keys()
         state = {k: v for k, v in state.items() if k not in fresh}
     for key in own.keys() & state.keys():
         if own[key].shape != state[key].shape:
             there, here = tuple(state[key].shape), tuple(own[key].shape)
             raise BundleError(f"{source} does not fit {classifier.name}: {key} is {there}, expected {here}")
+        if state[key].is_complex():
+            raise BundleError(f"{source} does not fit {classifier.name}: {key} holds complex numbers")
     _copy_all(classifier, state, fresh, source)
+    # Where they are float32: of some types that weights are stored in torch cannot say whether they are finite.
+    for key, values in classifier.net.state_dict().items():
+        if not bool(torch.isfinite(values).all()):
+            raise BundleError(f"{source}: {key} holds NaN or infinity; take weights from before training diverged")
 
 
 def _copy_all(classifier: Classifier, state: Mapping[str, Tensor], fresh: set[str], source: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raycnn.config import ImageSpec, absolute, nearest
 from raycnn.errors import BundleError, ConfigError, ObjectMissing, StorageError
-from raycnn.models.architectures import CLASSIC, TIMM, checked, checked_timm, import_timm
+from raycnn.models.architectures import CLASSIC, TIMM, checked, checked_timm, import_timm, timm_spec
 from raycnn.storage import Store, open_store
 
 # What torch.load raises for files that are no state dict: seen with 30,000 mutated ones.
@@ -58,6 +58,20 @@ def published(name: str) -> list[Published]:
     known = get_model_weights(checked(name))
     entries = sorted(known, key=lambda entry: entry != known.DEFAULT)  # pyright: ignore[reportAttributeAccessIssue]
     return [_published(name, entry) for entry in entries if entry.meta.get("categories")]
+
+
+def published_spec(name: str, weights: str) -> ImageSpec | None:
+    """The image spec that goes with weights, told by their name or their file's; None where nobody publishes any.
+
+    A file that cannot be told is taken for one of the architecture's recommended weights.
+    """
+    if name.startswith(TIMM):
+        return timm_spec(name)
+    wanted = weights.rpartition(".")[2] if is_published_name(weights) else None
+    leaf = weights.partition("?")[0].rpartition("/")[2]
+    known = published(name)
+    told = (p for p in known if p.name == wanted or p.url.endswith(f"/{leaf}"))
+    return next((p.spec for p in (*told, *known)), None)
 
 
 def _published(name: str, entry: Any) -> Published:
@@ -136,6 +150,8 @@ def parse_weights(data: bytes, source: str) -> dict[str, Tensor]:
             return load(data)
         except SafetensorError as error:
             raise BundleError(f"{source} is not a readable .safetensors file: {error}") from None
+        except KeyError as error:  # a type that the file may have, and safetensors no tensor for
+            raise BundleError(f"{source} has weights of type {error.args[0]}; save them as F32") from None
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _UNREADABLE as error:

@@ -74,10 +74,10 @@ def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "Ev
         _section("Configuration", _config_table(config)),
     ]
     title = f"{bundle['model']} on {config['data']}"
-    page = _page(title, store.url, "\n".join(sections)).encode()
+    page = _page(title, store.address(), "\n".join(sections)).encode()
     if store.head(REPORT) is None or store.get(REPORT) != page:
         store.put(REPORT, page)
-    return f"{store.url}/{REPORT}"
+    return store.address(REPORT)
 
 
 def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None) -> "TrainReport":
@@ -91,7 +91,7 @@ def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None
 
 def _history(store: Store) -> list[dict[str, Any]]:
     if store.head("metrics.jsonl") is None:
-        raise DataError(f"{store.url}: no metrics.jsonl there; is it the run folder of `raycnn train`?")
+        raise DataError(f"{store.address()}: no metrics.jsonl there; is it the run folder of `raycnn train`?")
     return [json.loads(line) for line in store.get("metrics.jsonl").decode().splitlines()]
 
 

@@ -20,6 +20,7 @@ from raycnn.shards.packed import (
     VERSION,
     PackedCollection,
     PackedRow,
+    is_manifest,
     summarise,
     write_shard,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Sample",
     "Slice",
     "hash_split",
+    "is_manifest",
     "key_hash",
     "open_collection",
     "parse_class_names",

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from raycnn.config import MIB
-from raycnn.errors import Bad, DataError
+from raycnn.config import MIB, Limits
+from raycnn.errors import Bad, DataError, Status
 from raycnn.storage import Entry, Store
 
 UNIT_ROWS = 2048
@@ -30,12 +30,14 @@ SPLIT_NAMES = {
 
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 
+_MAX_BYTES = Limits.model_validate({}).max_bytes
+
 
 class Slice(NamedTuple):
     """A run of samples within one object, pinned to the version that was listed.
 
     A single image, a tar member or an IDX row is a slice of one row with its key; a run of Parquet rows is a
-    slice of many rows whose keys are in the file.
+    slice of many rows whose keys are in the file, and `offset` the first row of their row group.
     """
 
     key: str
@@ -73,7 +75,12 @@ class Collection(ABC):
 
     @abstractmethod
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
-        """Every sample once, in byte order of (path, first), streamed; what is left out is counted in `skipped`."""
+        """Every sample once, in byte order of (path, first), streamed; what is left out is counted in `skipped`.
+
+        Args:
+            skipped: Counts what is left out, by the reason.
+            exclude: Glob patterns of objects' paths. They leave out whole objects, however many images one holds.
+        """
 
     @abstractmethod
     def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
@@ -95,20 +102,51 @@ class Collection(ABC):
         """The slices of one split, or of all."""
         if split != "all" and split not in self.splits:
             have = ", ".join(self.splits) or "none; use all, or pack it first"
-            raise DataError(f"{self.store.url}: no split {split!r} in this {self.layout}; its splits: {have}")
+            raise DataError(f"{self.store.address()}: no split {split!r} in this {self.layout}; its splits: {have}")
         for piece in self.slices(skipped, exclude):
             if split == "all" or self.split_of(piece) == split:
                 yield piece
 
-    def objects(self, skipped: Counter[str], exclude: Sequence[str] = (), prefix: str = "") -> Iterator[Entry]:
+    def objects(self, skipped: Counter[str], excludes: "Excludes | None" = None, prefix: str = "") -> Iterator[Entry]:
         """The objects that count as images or shards: no folder markers, no hidden names, nothing excluded."""
         for entry in self.store.list(prefix):
             if is_hidden(entry.path):
                 skipped["hidden"] += 1
-            elif any(fnmatch.fnmatchcase(entry.path, pattern) for pattern in exclude):
+            elif not is_text(entry.path):
+                skipped["not UTF-8"] += 1
+            elif excludes and excludes.match(entry.path):
                 skipped["excluded"] += 1
             else:
                 yield entry
+
+
+class Excludes:
+    """The glob patterns of objects that are left out, and which of them have matched."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns, self._unused = tuple(patterns), set(patterns)
+
+    def match(self, path: str) -> bool:
+        """Whether any pattern matches; `*` matches `/` too."""
+        matching = [p for p in self._patterns if fnmatch.fnmatchcase(path, p)]
+        self._unused.difference_update(matching)
+        return bool(matching)
+
+    def check(self, collection: Collection, having: str = "") -> None:
+        """Where objects hold many images, refuse a pattern that was meant for keys: it has left out nothing.
+
+        Args:
+            collection: What was listed.
+            having: Only patterns with this in them. Any other may be for an object that has been deleted since.
+
+        Raises:
+            DataError: a pattern matches no object.
+        """
+        for pattern in sorted(p for p in self._unused if having in p):
+            raise DataError(
+                f"{collection.store.address()}: --exclude {pattern!r} matches no object; in this "
+                f"{collection.layout} it leaves out whole objects by their path, not images by their key"
+            )
 
 
 def is_hidden(path: str) -> bool:
@@ -116,9 +154,21 @@ def is_hidden(path: str) -> bool:
     return path.endswith("/") or any(part.startswith((".", "_")) for part in path.split("/"))
 
 
+def is_text(path: str) -> bool:
+    """Whether a name is UTF-8. S3 lists keys that are not, but they can neither be written down nor asked for."""
+    return path.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in path)
+
+
 def is_image_name(path: str) -> bool:
     """Whether a name ends as those of images do. It tells images from what lies beside them, never what they are."""
     return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def too_large(size: int) -> Bad | None:
+    """Why an encoded image of this size is not even fetched, or None where it is."""
+    if size <= _MAX_BYTES:
+        return None
+    return Bad(Status.TOO_LARGE, f"{size} bytes, the limit is {_MAX_BYTES}")
 
 
 def units(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
@@ -153,5 +203,5 @@ def natural_order(names: Iterable[str]) -> tuple[str, ...]:
     """Distinct class names in order: by value where all are whole numbers, else by spelling."""
     distinct = set(names)
     if distinct and all(name.isdecimal() for name in distinct):
-        return tuple(sorted(distinct, key=int))
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
     return tuple(sorted(distinct))

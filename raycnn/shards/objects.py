@@ -1,6 +1,7 @@
 """Layouts in which every image is an object of its own: folders, flat prefixes, and lists of paths."""
 
 import io
+import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,16 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from raycnn.errors import Bad, DataError, ObjectChanged, ObjectMissing, Status
-from raycnn.shards.collection import SPLIT_NAMES, SPLITS, Collection, Sample, Slice, natural_order
+from raycnn.shards.collection import (
+    SPLIT_NAMES,
+    SPLITS,
+    Collection,
+    Excludes,
+    Sample,
+    Slice,
+    natural_order,
+    too_large,
+)
 from raycnn.storage import Entry, Store
 
 READ_THREADS = 16
@@ -51,7 +61,7 @@ class ObjectCollection(Collection):
         self.splits = tuple(s for s in SPLITS if s in self._split_folders.values())
 
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
-        for entry in self.objects(skipped, exclude):
+        for entry in self.objects(skipped, Excludes(exclude)):
             yield _whole(entry, self._label(entry.path))
 
     def _label(self, path: str) -> int:
@@ -69,6 +79,8 @@ class ObjectCollection(Collection):
         label = piece.label if piece.label >= 0 else None
         if piece.size < 0:
             return Sample(piece.key, None, label, Bad(Status.MISSING, "not in the store"))
+        if bad := too_large(piece.size):
+            return Sample(piece.key, None, label, bad)
         try:
             return Sample(piece.key, self.store.get(piece.path, if_match=piece.etag), label)
         except ObjectMissing:
@@ -90,7 +102,7 @@ class ListCollection(ObjectCollection):
         for name, split in lists.items():
             for path, label, row_split in _list_rows(store, name):
                 if path in rows:
-                    raise DataError(f"{store.url}/{name}: {path!r} is named twice; keep one line for each image")
+                    raise DataError(f"{store.address()}/{name}: {path!r} is named twice; keep one line for each image")
                 rows[path] = (label, row_split or split)
         self._rows = rows
         self.class_names = natural_order(label for label, _ in rows.values() if label)
@@ -98,9 +110,12 @@ class ListCollection(ObjectCollection):
         self.splits = tuple(s for s in SPLITS if any(split == s for _, split in rows.values()))
 
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
-        listed = self.objects(Counter(), exclude)
+        excludes, listed = Excludes(exclude), self.store.list()
         entry = next(listed, None)
-        for path in sorted(self._rows, key=lambda p: p.encode("utf-8", "surrogateescape")):
+        for path in sorted(self._rows, key=_order):
+            if excludes.match(path):
+                skipped["excluded"] += 1
+                continue
             while entry is not None and _order(entry.path) < _order(path):
                 entry = next(listed, None)
             label = self._label(path)
@@ -127,33 +142,47 @@ def _order(path: str) -> bytes:
 
 def _list_rows(store: Store, name: str) -> Iterator[tuple[str, str, str]]:
     """(path below the root, label or "", split or "") of each row of a list."""
-    table = read_table(store, name)
+    table, where = read_table(store, name), f"{store.address()}/{name}"
     column = path_column(table.schema)
     if column is None:
-        raise DataError(f"{store.url}/{name}: no path column; name one of its columns {table.column_names} `path`")
-    paths = table[column].cast(pa.string()).to_pylist()
-    labels = _strings(table, LABEL_COLUMNS)
-    splits = _strings(table, ("split",))
+        raise DataError(f"{where}: no path column; name one of its columns {table.column_names} `path`")
+    paths = _strings(table, (column,), where)
+    labels = _strings(table, LABEL_COLUMNS, where)
+    splits = _strings(table, ("split",), where)
     folder = name.rpartition("/")[0]
-    for path, label, split in zip(paths, labels, splits, strict=True):
-        yield _below_root(store, folder, path, name), label, SPLIT_NAMES.get(split.lower(), split)
+    for path, label, word in zip(paths, labels, splits, strict=True):
+        split = word.strip()
+        yield _below_root(store, folder, path, where), label, SPLIT_NAMES.get(split.lower(), split)
 
 
-def _strings(table: pa.Table, names: tuple[str, ...]) -> list[str]:
+def _strings(table: pa.Table, names: tuple[str, ...], where: str) -> list[str]:
     column = next((c for c in names if c in table.column_names), None)
     if column is None:
         return [""] * len(table)
-    return pc.fill_null(table[column].cast(pa.string()), "").to_pylist()
+    try:
+        return pc.fill_null(table[column].cast(pa.string()), "").to_pylist()
+    except pa.ArrowException:
+        kind = table.schema.field(column).type
+        raise DataError(
+            f"{where}: its column {column!r} holds {kind}; write one text or number for each image"
+        ) from None
 
 
-def _below_root(store: Store, folder: str, path: str | None, name: str) -> str:
-    if not path:
-        raise DataError(f"{store.url}/{name}: a row without a path; remove it or fill it in")
-    if path.startswith(store.url + "/"):
-        return path[len(store.url) + 1 :]
-    if "://" in path or path.startswith("/") or ".." in path.split("/"):
-        raise DataError(f"{store.url}/{name}: {path!r} lies outside {store.url}; put the list above its images")
-    return f"{folder}/{path}" if folder else path.removeprefix("./")
+def _below_root(store: Store, folder: str, path: str, where: str) -> str:
+    root = store.address()
+    if path.startswith(root + "/"):
+        below = path[len(root) + 1 :]
+    elif "://" in path or path.startswith("/"):
+        below = ".."
+    else:
+        below = f"{folder}/{path}" if folder else path
+    if ".." in below.split("/"):
+        raise DataError(f"{where}: {path!r} lies outside {root}; put the list above its images")
+    # Two spellings of one path are one image.
+    normal = posixpath.normpath(below)
+    if not path or normal == ".":
+        raise DataError(f"{where}: a row without a path; remove it or fill it in")
+    return normal
 
 
 def path_column(schema: pa.Schema) -> str | None:
@@ -173,8 +202,9 @@ def parquet_file(store: Store, path: str, etag: str | None = None) -> pq.Parquet
     """
     try:
         return pq.ParquetFile(store.open(path, if_match=etag))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{store.url}/{path}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+    except (pa.ArrowException, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise DataError(f"{store.address()}/{path}: not a Parquet file: {text}") from None
 
 
 def read_table(store: Store, name: str) -> pa.Table:
@@ -183,19 +213,27 @@ def read_table(store: Store, name: str) -> pa.Table:
     Raises:
         DataError: it cannot be parsed as what its name says.
     """
-    source = io.BytesIO(store.get(name))
+    source, where = io.BytesIO(store.get(name)), f"{store.address()}/{name}"
     try:
-        if name.endswith(".parquet"):
-            return pq.read_table(source)
-        if name.endswith(".jsonl"):
-            return pyarrow.json.read_json(source)
-        return pyarrow.csv.read_csv(
-            source,
-            parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if name.endswith(".tsv") else ","),
-            # As they stand there: 007 is not 7.
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys((*PATH_COLUMNS, *LABEL_COLUMNS), pa.string())
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{store.url}/{name}: cannot be read as a list: {str(error).splitlines()[0]}") from None
+        table = _parse_table(source, name)
+    except pa.ArrowException as error:
+        raise DataError(f"{where}: cannot be read as a list: {str(error).splitlines()[0]}") from None
+    for column in (*PATH_COLUMNS, *LABEL_COLUMNS, "split"):
+        if table.column_names.count(column) > 1:
+            raise DataError(f"{where}: two of its columns are named {column!r}; rename or remove one")
+    return table
+
+
+def _parse_table(source: io.BytesIO, name: str) -> pa.Table:
+    if name.endswith(".parquet"):
+        return pq.read_table(source)
+    if name.endswith(".jsonl"):
+        return pyarrow.json.read_json(source)
+    return pyarrow.csv.read_csv(
+        source,
+        parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if name.endswith(".tsv") else ","),
+        # As they stand there: 007 is not 7.
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys((*PATH_COLUMNS, *LABEL_COLUMNS), pa.string())
+        ),
+    )

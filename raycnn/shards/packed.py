@@ -11,16 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycnn.config import MIB
-from raycnn.errors import DataError, Status
-from raycnn.shards.collection import SPLITS, Collection, Slice
-from raycnn.shards.containers import ParquetCollection
-from raycnn.storage import Store
+from raycnn.errors import Bad, DataError, Status
+from raycnn.shards.collection import SPLITS, Collection, Excludes, Sample, Slice
+from raycnn.shards.parquet import ParquetCollection
+from raycnn.storage import Entry, Store
 
 MANIFEST = "manifest.json"
 FORMAT = "raycnn-packed"
 VERSION = 1
 GROUP_ROWS = 512
 GROUP_BYTES = 32 * MIB
+ALTERED = "altered"
+"""The version of a shard that is not the one which the manifest describes: nothing can be read of it."""
+_RESTORE = "restore it from a copy, or pack the data set again to another place"
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -98,7 +101,7 @@ def _table(rows: list[PackedRow], schema: pa.Schema) -> pa.Table:
 
 
 def is_manifest(data: bytes) -> bool:
-    """Whether a `manifest.json` is one of ours."""
+    """Whether a `manifest.json` is one of ours, and whole."""
     try:
         return json.loads(data).get("format") == FORMAT
     except (ValueError, AttributeError):
@@ -109,20 +112,24 @@ class PackedCollection(ParquetCollection):
     """A data set that `raycnn pack` made."""
 
     layout = "packed data set"
-    _prefix = "data/"
+    accept_unreadable = False
+    """Whether a shard that is missing or altered is planned by its manifest, and refused only when it is read."""
 
     def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
         """Take a manifest that `is_manifest` accepted.
 
         Raises:
-            DataError: it was written by a newer raycnn.
+            DataError: it was written by a newer raycnn, or lacks what every manifest has.
         """
+        if lacking := {"version", "class_names", "splits", "shards"}.difference(manifest):
+            raise DataError(f"{store.address()}/{MANIFEST}: no {sorted(lacking)[0]!r} in it; {_RESTORE}")
         if manifest["version"] > VERSION:
-            raise DataError(f"{store.url}: packed by a newer raycnn (format {manifest['version']}); upgrade raycnn")
+            raise DataError(f"{store.address()}: packed by a newer raycnn ({manifest['version']}); upgrade raycnn")
         Collection.__init__(self, store)
         self.manifest, self.reason = manifest, "it has a raycnn manifest"
         self._image, self._label, self._by_position = "image", "label", True
         self._name_classes(tuple(manifest["class_names"]))
+        self._model, self._named = MANIFEST, self.class_names
         self.splits = tuple(s for s in SPLITS if self.rows(s))
 
     def rows(self, split: str) -> int:
@@ -141,23 +148,43 @@ class PackedCollection(ParquetCollection):
 
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         """One slice for each row group, from the manifest; no shard is opened."""
-        listed = {e.path: e for e in self.objects(skipped, exclude, "data/")}
+        excludes = Excludes(exclude)
+        listed = {e.path: e for e in self.objects(Counter(), prefix="data/")}
         for shard in sorted(self.manifest["shards"], key=lambda s: s["path"]):
-            entry = listed.get(shard["path"])
-            if entry is None:
-                if exclude:
-                    continue
-                raise DataError(f"{self.store.url}/{shard['path']} is missing; pack the data set again to restore it")
-            if entry.size != shard["bytes"]:
-                raise DataError(
-                    f"{self.store.url}/{entry.path} has {entry.size} bytes, its manifest says {shard['bytes']}; "
-                    "pack the data set again to restore it"
-                )
+            if excludes.match(shard["path"]):
+                skipped["excluded"] += 1
+                continue
+            entry = self._pinned(shard, listed.get(shard["path"]))
             first = 0
             for rows in shard["row_groups"]:
                 share = shard["bytes"] * rows // max(shard["rows"], 1)
-                yield Slice("", entry.path, entry.size, entry.etag, first, rows, 0, share, -1)
+                yield Slice("", entry.path, entry.size, entry.etag, first, rows, first, share, -1)
                 first += rows
+        excludes.check(self)
+
+    def _pinned(self, shard: dict[str, Any], entry: Entry | None) -> Entry:
+        """The listed version of a shard, which must be the manifest's."""
+        if entry is not None and entry.size == shard["bytes"]:
+            return entry
+        if self.accept_unreadable:
+            return Entry(shard["path"], shard["bytes"], ALTERED)
+        what = "is missing" if entry is None else f"has {entry.size} bytes, its manifest says {shard['bytes']}"
+        raise DataError(f"{self.store.address()}/{shard['path']} {what}; {_RESTORE}")
+
+    def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
+        for piece in slices:
+            if piece.etag == ALTERED:
+                where = f"{self.store.address()}/{piece.path}"
+                raise DataError(f"{where} is missing, or not as its manifest says; {_RESTORE}")
+        return super().read(slices)
+
+    def _columns(self, file: pq.ParquetFile) -> list[str]:
+        return [*super()._columns(file), "status"]
+
+    def _failures(self, batch: pa.RecordBatch, encoded: pa.Array) -> Iterator[Bad | None]:
+        """Why there were no bytes to pack."""
+        for has_bytes, status in zip(encoded.is_valid().to_pylist(), batch["status"].to_pylist(), strict=True):
+            yield None if has_bytes or status == Status.OK else Bad(Status(status), "when it was packed")
 
 
 def summarise(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:

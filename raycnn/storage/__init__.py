@@ -4,6 +4,7 @@
 s3://bucket/prefix           endpoint and credentials as AWS's own tools find them, AWS_ENDPOINT_URL too
 s3://bucket/prefix?anonymous         a public bucket
 s3://bucket/prefix?requester_pays    a bucket whose reader pays
+s3://bucket/prefix?single_driver     a store without conditional PUT, where nobody else writes: you promise it
 """
 
 import os
@@ -13,16 +14,14 @@ from urllib.parse import unquote, urlsplit
 
 from raycnn.config import nearest
 from raycnn.errors import ConfigError
-from raycnn.storage.base import Entry, Store
+from raycnn.storage.base import Entry, Store, without_userinfo
 from raycnn.storage.local import LocalStore, scratch_folder
-from raycnn.storage.s3 import S3Store
+from raycnn.storage.s3 import OPTIONS, S3Store
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 __all__ = ["Entry", "Store", "contains", "fsspec_filesystem", "open_store", "scratch_folder"]
-
-_OPTIONS = ("anonymous", "requester_pays")
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -41,18 +40,25 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         return LocalStore(unquote(urlsplit(url).path))
     if url.startswith("s3://"):
         return _open_s3(url)
-    raise ConfigError(f"{url}: {scheme[1]}: is not supported; use a folder, or s3:// with AWS_ENDPOINT_URL")
+    raise ConfigError(
+        f"{without_userinfo(url)}: {scheme[1]}: is not supported; use a folder, or s3:// with AWS_ENDPOINT_URL"
+    )
 
 
 def _open_s3(url: str) -> S3Store:
-    location, options = _split_options(url)
-    bucket, _, prefix = location.removeprefix("s3://").partition("/")
-    prefix = prefix.strip("/")
+    bucket = re.split("[/?]", url.removeprefix("s3://"))[0]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", bucket):
+        if ":" in bucket or "@" in bucket:  # which is not shown: a secret key may go on behind a slash
+            raise ConfigError(
+                "credentials have no place in an s3:// URL, whose form is s3://bucket/prefix: "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
         raise ConfigError(f"{url}: {bucket!r} is no bucket name; the form is s3://bucket/prefix")
+    location, options = _split_options(url)
+    prefix = location.removeprefix("s3://").partition("/")[2].strip("/")
     if prefix and any(part in {"", ".", ".."} for part in prefix.split("/")):
         raise ConfigError(f"{url}: the prefix has an empty, '.' or '..' part; write it out")
-    return S3Store(bucket, prefix, "anonymous" in options, "requester_pays" in options)
+    return S3Store(bucket, prefix, options)
 
 
 def _split_options(url: str) -> tuple[str, set[str]]:
@@ -61,8 +67,8 @@ def _split_options(url: str) -> tuple[str, set[str]]:
     options = set(query.split("&"))
     if not mark or not re.fullmatch(r"[a-z_]+(&[a-z_]+)*", query):
         return url, set()
-    for option in options.difference(_OPTIONS):
-        raise ConfigError(f"{url}: unknown option {option!r}{nearest(option, _OPTIONS)}; there are {_OPTIONS}")
+    for option in options.difference(OPTIONS):
+        raise ConfigError(f"{url}: unknown option {option!r}{nearest(option, OPTIONS)}; there are {OPTIONS}")
     return location, options
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
 from raycnn.errors import ObjectChanged, ObjectMissing, StorageError
+from raycnn.storage.base import without_userinfo
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
@@ -80,7 +81,8 @@ class Account:
         suffix = ".com.cn" if region.startswith("cn-") else ".com"
         self.endpoint = endpoint.rstrip("/") if endpoint else f"https://s3.{region}.amazonaws{suffix}"
         if not self.endpoint.startswith(("http://", "https://")):
-            raise StorageError(f"AWS_ENDPOINT_URL is {endpoint!r}; it must begin with http:// or https://")
+            shown = without_userinfo(self.endpoint)
+            raise StorageError(f"AWS_ENDPOINT_URL is {shown!r}; it must begin with http:// or https://")
         self.region = region
         self.requester_pays = requester_pays
         self.keys = keys
@@ -252,11 +254,12 @@ class Account:
                 f"access denied to {address} ({said}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
                 "AWS_PROFILE, and what they may do; for a public bucket append ?anonymous to its URL"
             )
-        if code in {"AuthorizationHeaderMalformed", "PermanentRedirect"} or 300 <= status < 400 or "region" in text:
-            where = region or "its region"
-            return StorageError(f"{address}: {bucket} is not in {self.region} ({said}); set AWS_REGION to {where}")
         if status >= 500 or status == 429:
             return StorageError(f"{address}: the store keeps failing ({said}); run the same command again later")
+        is_elsewhere = code in {"AuthorizationHeaderMalformed", "PermanentRedirect"} or 300 <= status < 400
+        if is_elsewhere or "incorrectly configured region" in text:  # obstore's word for a redirect
+            where = region or "its region"
+            return StorageError(f"{address}: {bucket} is not in {self.region} ({said}); set AWS_REGION to {where}")
         return StorageError(f"{address}: the store refuses ({said}); check the URL and AWS_ENDPOINT_URL")
 
     def _unreachable(self, reason: str) -> StorageError:
@@ -265,7 +268,7 @@ class Account:
             if self.custom
             else "is this machine online? Set AWS_ENDPOINT_URL for a store that is not AWS"
         )
-        return StorageError(f"cannot reach {self.endpoint} ({reason}): {remedy}")
+        return StorageError(f"cannot reach {without_userinfo(self.endpoint)} ({reason}): {remedy}")
 
 
 class Failure(NamedTuple):
@@ -285,7 +288,7 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         """What an exception of obstore's says."""
-        text = str(error)
+        text = without_userinfo(str(error))
         status = re.search(r"\bstatus: (\d{3})\b", text) or re.search(r"status code: (\d{3})\b", text)
         code = re.search(r"<Code>(\w+)</Code>", text)
         kind = re.search(r"HttpError \{\s*kind: (\w+)", text)

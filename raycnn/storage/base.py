@@ -2,6 +2,7 @@
 
 import abc
 import builtins
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -51,7 +52,8 @@ class Store(abc.ABC):
     def children(self, folder: str = "") -> tuple[builtins.list[str], builtins.list[str]]:
         """The names of the folders and of the objects directly below a folder, sorted.
 
-        Where the first 10,000 names are all objects the rest is not looked at.
+        On S3, where the first 10,000 names are all objects, more of their like are passed over: what is looked at
+        are the first names that do not go on with a digit where they do, and the first with each other letter.
         """
 
     @abc.abstractmethod
@@ -92,6 +94,13 @@ class Store(abc.ABC):
         and the result is False, as if somebody else had written it.
         """
 
+    @abc.abstractmethod
+    def single_driver(self) -> "Store":
+        """This store, on the user's promise that no other run writes there.
+
+        Where it has no conditional PUT, `create` then looks first and writes after. The promise is part of `url`.
+        """
+
     def probe_create_once(self, path: str, data: bytes) -> None:
         """Prove on an object which exists, and holds `data`, that a second create is refused.
 
@@ -106,5 +115,10 @@ class Store(abc.ABC):
         return StorageError(
             f"{self.address()}: this store {how} If-None-Match, so that two runs could overwrite each other's "
             "results: use a store with conditional PUT (AWS S3, SeaweedFS from 4.17) or a local folder, or promise "
-            "with --single-driver that nobody else writes there"
+            "that nobody else writes there: append ?single_driver to its URL, or label with --single-driver"
         )
+
+
+def without_userinfo(text: str) -> str:
+    """The text without the user and password in its URLs."""
+    return re.sub(r"(^|//)[^/\s]*@", r"\1", text)

@@ -201,6 +201,10 @@ class LocalStore(Store):
             _sync(os.path.dirname(target))
             return True
 
+    @override
+    def single_driver(self) -> "LocalStore":
+        return self  # it creates once whoever else writes
+
     def _publish(self, temporary: str, path: str) -> Entry:
         target = self._file(path)
         found = os.stat(temporary)

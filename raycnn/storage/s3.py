@@ -9,7 +9,7 @@ import io
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -42,7 +42,12 @@ THREADS = 8
 AMBIGUOUS = 4
 """Repetitions of a create-once whose outcome is unknown."""
 FLAT = 10_000
-"""Names after which a folder that showed no folders is taken to have none."""
+"""Names after which a folder that showed no folders is not read on to its end."""
+
+LOOKS = 200
+"""Requests that look for names of another kind in such a folder."""
+OPTIONS = ("anonymous", "requester_pays", "single_driver")
+"""What a URL may end with."""
 
 _UNADDRESSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -50,16 +55,15 @@ _UNADDRESSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 class S3Store(Store):
     """The objects below `s3://bucket/prefix`. ETags are the server's, with their quotes."""
 
-    def __init__(self, bucket: str, prefix: str, anonymous: bool = False, requester_pays: bool = False) -> None:
+    def __init__(self, bucket: str, prefix: str, options: Collection[str] = ()) -> None:
         self._bucket, self._prefix = bucket, prefix
-        self._anonymous, self._requester_pays = anonymous, requester_pays
+        self._options = tuple(option for option in OPTIONS if option in options)
         self._root = prefix + "/" if prefix else ""
         self._address = f"s3://{bucket}/{prefix}".rstrip("/")
-        options = [name for name in ("anonymous", "requester_pays") if getattr(self, "_" + name)]
-        self.url = self._address + ("?" + "&".join(options) if options else "")
+        self.url = self._address + ("?" + "&".join(self._options) if self._options else "")
 
-    def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, bool, bool]]:
-        return S3Store, (self._bucket, self._prefix, self._anonymous, self._requester_pays)
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, tuple[str, ...]]]:
+        return S3Store, (self._bucket, self._prefix, self._options)
 
     @property
     @override
@@ -72,7 +76,7 @@ class S3Store(Store):
 
     @override
     def child(self, path: str) -> "S3Store":
-        return S3Store(self._bucket, self._key(path.rstrip("/")), self._anonymous, self._requester_pays)
+        return S3Store(self._bucket, self._key(path.rstrip("/")), self._options)
 
     @override
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -103,14 +107,21 @@ class S3Store(Store):
         prefix = folder.rstrip("/") + "/" if folder else ""
         folders: list[str] = []
         files: list[str] = []
-        query = Query(prefix, by_folder=True)
-        while True:
+        query, looks, passed = Query(prefix, by_folder=True), 0, ""
+        while looks < LOOKS:
             page = self._page(query)
             folders += [path[len(prefix) : -1] for path in page.folders]
             files += [entry.path[len(prefix) :] for entry in page.entries if entry.path != prefix]
-            if page.token is None or (not folders and len(files) >= FLAT):
-                return sorted(folders), sorted(files)
-            query = query._replace(token=page.token)
+            if page.token is None:
+                break
+            is_flat = looks > 0 or (not folders and len(files) >= FLAT)
+            if is_flat and page.entries and not page.folders:
+                looks, last = looks + 1, files[-1]
+                query = Query(prefix, by_folder=True, after=prefix + _unlike(last, passed))
+                passed = last[0]
+            else:
+                query = query._replace(token=page.token)
+        return sorted(folders), sorted(files)
 
     @override
     def head(self, path: str) -> Entry | None:
@@ -194,7 +205,16 @@ class S3Store(Store):
         return Entry(path, size, done["e_tag"] or "")
 
     @override
+    def single_driver(self) -> "S3Store":
+        return S3Store(self._bucket, self._prefix, (*self._options, "single_driver"))
+
+    @override
     def create(self, path: str, data: bytes) -> bool:
+        if "single_driver" in self._options:
+            if self.head(path) is not None:
+                return False
+            self.put(path, data)
+            return True
         key, pause = self._key(path), islice(pauses(), AMBIGUOUS)
         while True:
             try:
@@ -222,8 +242,8 @@ class S3Store(Store):
 
         account = self._account
         system = S3FileSystem(
-            anon=self._anonymous,
-            requester_pays=self._requester_pays,
+            anon="anonymous" in self._options,
+            requester_pays="requester_pays" in self._options,
             endpoint_url=account.endpoint,
             client_kwargs={"region_name": account.region, "verify": account.authorities},
             config_kwargs={"s3": {"addressing_style": "path"}},
@@ -234,7 +254,7 @@ class S3Store(Store):
 
     @property
     def _account(self) -> Account:
-        return find_account(anonymous=self._anonymous, requester_pays=self._requester_pays)
+        return find_account(anonymous="anonymous" in self._options, requester_pays="requester_pays" in self._options)
 
     @property
     def _client(self) -> "obstore.store.S3Store":
@@ -304,6 +324,18 @@ class _ObjectFile(io.RawIOBase):
     def readall(self) -> bytes:
         position, self._position = min(self._position, self._size), self._size
         return bytes(self._fetch(position, self._size - position)) if position < self._size else b""
+
+
+def _unlike(name: str, passed: str) -> str:
+    """Where to look for names unlike this one, which may be one of millions.
+
+    Past all that go on with a digit where it does (img_:), then past its first letter (j): `passed` is the first
+    letter of the name that the last look has passed.
+    """
+    digit = re.search("[0-9]", name)
+    if digit and name[0] != passed:
+        return name[: digit.start()] + chr(ord("9") + 1)
+    return chr(ord(name[0]) + 1) if name[0] != "\ud7ff" else "\ue000"
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -12,16 +12,37 @@ from safetensors.torch import save as save_safetensors
 
 from raycnn.config import TrainConfig, to_yaml
 from raycnn.errors import ConfigError, StorageError
-from raycnn.shards import PackedCollection
+from raycnn.shards import MANIFEST, PackedCollection
 from raycnn.shards.order import lanes_for
 from raycnn.storage import Store
 
-CONFIG, IDENTITY = "config.yaml", "run.json"
+CONFIG, IDENTITY, DATA = "config.yaml", "run.json", "data"
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
 
 RESUMABLE = ("data", "run", "epochs", "num_workers", "device", "max_failures", "max_bad")
 """Settings that may differ when a run goes on; the others would make it another run. Data is known by its digest."""
+
+
+def check_before_packing(store: Store, config: TrainConfig) -> None:
+    """Refuse a folder that is another's before any data is packed into it: hours may go into that.
+
+    Raises:
+        ConfigError: the folder holds a run on other data, or something else.
+    """
+    if store.head(IDENTITY) is None:
+        _refuse_stranger(store)
+    elif store.head(f"{DATA}/{MANIFEST}") is None:
+        raise _on_other_data(store, config)
+
+
+def _refuse_stranger(store: Store) -> None:
+    if store.head(CONFIG) is not None:
+        raise ConfigError(f"{store.address()} holds a {CONFIG} that belongs to no training run; use another run folder")
+
+
+def _on_other_data(store: Store, config: TrainConfig) -> ConfigError:
+    return ConfigError(f"{store.address()} holds a run on other data than {config.data}; use another run folder")
 
 
 def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> int | None:
@@ -31,23 +52,22 @@ def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> int 
         ConfigError: the folder holds a run with other settings or other data, or something else.
     """
     if store.head(IDENTITY) is None:
-        if store.head(CONFIG) is not None:
-            raise ConfigError(f"{store.url} holds a {CONFIG} that belongs to no training run; use another run folder")
+        _refuse_stranger(store)
         return None
     identity = json.loads(store.get(IDENTITY))
     if identity["data_digest"] != packed.digest:
-        raise ConfigError(f"{store.url} holds a run on other data than {config.data}; use another run folder")
+        raise _on_other_data(store, config)
     if store.head(CONFIG) is not None:
         wanted, found = yaml.safe_load(to_yaml(config)), yaml.safe_load(store.get(CONFIG))
         differing = [k for k in wanted if k not in RESUMABLE and wanted[k] != found.get(k)]
         if differing:
             shown = ", ".join(f"{k} (was {found.get(k)!r}, now {wanted[k]!r})" for k in differing)
-            raise ConfigError(f"{store.url} holds a run with other settings: {shown}; use another run folder")
+            raise ConfigError(f"{store.address()} holds a run with other settings: {shown}; use another run folder")
     lanes = int(identity["lanes"])
     if lanes % config.num_workers:
         fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise ConfigError(
-            f"{store.url}: {config.num_workers} workers cannot go on with this run, whose batches are made of "
+            f"{store.address()}: {config.num_workers} workers cannot go on with this run, whose batches are made of "
             f"{lanes} equal lanes: use --num-workers {fitting}"
         )
     return lanes
@@ -94,7 +114,7 @@ class Checkpoints:
         found = next((m for m in self._markers() if m["epoch"] == epoch), None)
         if found is None:
             raise StorageError(
-                f"{self._store.url}: this worker does not see the checkpoint of epoch {epoch} that another one sees; "
+                f"{self._store.address()}: not every worker sees the checkpoint of epoch {epoch}; "
                 "on several nodes the run folder has to be s3:// or a folder that all of them share"
             )
         return found
@@ -104,7 +124,7 @@ class Checkpoints:
         content = self._bytes(marker)
         if content is None:
             raise StorageError(
-                f"{self._store.url}/{_tensors(marker['slot'])} was changed; is another run writing there?"
+                f"{self._store.address(_tensors(marker['slot']))} was changed; is another run writing there?"
             )
         return load_safetensors(content)
 

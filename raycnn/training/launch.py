@@ -1,6 +1,5 @@
 """Ray Train as this project runs it: a user's mistake ends a run at once, and Ctrl-C is left alone."""
 
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from raycnn import data
 from raycnn.config import TrainConfig
 from raycnn.errors import RaycnnError, StorageError, unwrap
+from raycnn.storage import scratch_folder
 
 ABORT_S = 5.0
 """How long Ctrl-C waits for the workers to be stopped in good order."""
@@ -47,7 +47,7 @@ def launch(
 ) -> None:
     """Run `work(arguments)` on every training worker, to its end."""
     per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
-    with tempfile.TemporaryDirectory(prefix="raycnn-train-") as scratch:
+    with scratch_folder() as scratch:
         trainer = _Trainer(
             work,
             train_loop_config=arguments,
@@ -56,7 +56,7 @@ def launch(
             ),
             # Our checkpoints lie in the run folder; Ray Train's own state is of no use to a later process.
             run_config=RunConfig(
-                storage_path=scratch,
+                storage_path=str(scratch),
                 name="run",
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),

@@ -60,7 +60,7 @@ def work(arguments: dict[str, Any]) -> None:
         run = _Run(config, packed, spec, arguments["lanes"], plan, arguments["board"])
         run.train(classifier, model)
         if run.rank == 0:
-            run.hand_over(classifier)
+            hand_over(config, packed, classifier)
     ray.train.report({"epochs": config.epochs})
 
 
@@ -123,16 +123,20 @@ class _Run:
         return int(epoch)
 
     def _epoch(self, epoch: int, trainer: loop.Trainer, batches: Iterator[data.FeedBatch]) -> dict[str, Any]:
-        start, total, rows, bad = time.perf_counter(), 0.0, 0, Counter[str]()
+        start, total, rows, unlabelled, bad = time.perf_counter(), 0.0, 0, 0, Counter[str]()
         for step in range(self._steps):
             taken = next(batches)
             loss, count = trainer.step(_to_torch(taken), epoch * self._steps + step)
             total, rows = total + loss, rows + count
             bad.update(str(f.status) for f in taken.failures)
+            unlabelled += taken.unlabelled
             self._post_step(epoch, step, rows, start)
-        total, all_rows, *counts = self._sum([total, float(rows), *(float(bad[word]) for word in Status)])
+        mine = [total, float(rows), float(unlabelled), *(float(bad[word]) for word in Status)]
+        total, all_rows, all_unlabelled, *counts = self._sum(mine)
         skipped = {str(word): int(count) for word, count in zip(Status, counts, strict=True) if count}
         check_bad(skipped, self._rows, self._config.max_bad)
+        if all_unlabelled:
+            skipped["unlabelled"] = int(all_unlabelled)
         seconds = time.perf_counter() - start
         return {
             "epoch": epoch,
@@ -211,31 +215,34 @@ class _Run:
                 yield batch
         self._val = kept
 
-    def hand_over(self, classifier: Classifier) -> None:
-        """Make the bundle from the best checkpoint, with its temperature and validation."""
-        checkpoints = Checkpoints(self._store)
-        best = checkpoints.best()
-        assert best is not None
-        tensors = checkpoints.load(best)
-        metrics = Metrics.from_vector(tensors.pop("validation"), len(self._packed.class_names))
-        loop.unpack_state(tensors, classifier)
-        piece = next(self._packed.select("val", Counter()))
-        samples = [s.encoded for s in self._packed.read([piece]) if s.encoded][: SELFTEST_IMAGES * 2]
-        good = [s for s in samples if not isinstance(images.pixels(s, self._spec), Bad)][:SELFTEST_IMAGES]
-        bundles.save(
-            self._store.child("bundle").url,
-            classifier.cpu().eval(),
-            self._packed.class_names,
-            temperature=metrics.temperature,
-            metrics={
-                "accuracy_top1": metrics.accuracy_top1,
-                "loss": metrics.loss,
-                "epochs": self._config.epochs,
-            },
-            validation=metrics.validation(),
-            samples=good,
-            data_fingerprint=self._packed.digest,
-        )
+
+def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classifier) -> None:
+    """Make the run's bundle from its best checkpoint, with that one's temperature and validation."""
+    store = open_store(config.run)
+    checkpoints = Checkpoints(store)
+    last, best = checkpoints.last(), checkpoints.best()
+    assert last is not None
+    assert best is not None
+    tensors = checkpoints.load(best)
+    metrics = Metrics.from_vector(tensors.pop("validation"), len(packed.class_names))
+    loop.unpack_state(tensors, classifier)
+    piece = next(packed.select("val", Counter()))
+    samples = [s.encoded for s in packed.read([piece]) if s.encoded][: SELFTEST_IMAGES * 2]
+    good = [s for s in samples if not isinstance(images.pixels(s, classifier.spec), Bad)][:SELFTEST_IMAGES]
+    bundles.save(
+        store.child("bundle").url,
+        classifier.cpu().eval(),
+        packed.class_names,
+        temperature=metrics.temperature,
+        metrics={
+            "accuracy_top1": metrics.accuracy_top1,
+            "loss": metrics.loss,
+            "epochs": last["epoch"] + 1,
+        },
+        validation=metrics.validation(),
+        samples=good,
+        data_fingerprint=packed.digest,
+    )
 
 
 def _to_torch(taken: data.FeedBatch) -> loop.Batch:

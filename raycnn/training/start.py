@@ -6,17 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycnn import data
-from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, PackConfig, TrainConfig, make
+from raycnn.config import ImageSpec, PackConfig, TrainConfig, make
 from raycnn.errors import ConfigError, DataError, Status, StorageError
-from raycnn.models import check_name, is_published_name, require_file
+from raycnn.models import (
+    GRAY_MEAN,
+    GRAY_STD,
+    blank,
+    channels_in,
+    check_name,
+    is_published_name,
+    load_weights,
+    published_spec,
+    require_file,
+)
 from raycnn.shards import Collection, PackedCollection, open_collection
 from raycnn.storage import Store, contains, open_store
-from raycnn.training.folder import Checkpoints, History, claim, claimed
+from raycnn.training.folder import DATA, Checkpoints, History, check_before_packing, claim, claimed
 from raycnn.training.rank import check_bad, work
 
 SMALL_SIDE = 64
 """Images that are all of one size up to this side are trained on as they are."""
-LARGE_SIDE = 224
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def _report(store: Store, epochs: int, resumed_at: int) -> TrainReport:
     lines = History(store).lines
     if _bundle_epochs(store) < epochs or not lines:
         raise StorageError(
-            f"{store.url} lacks what the training workers should have left there; "
+            f"{store.address()} lacks what the training workers should have left there; "
             "on several nodes the run folder has to be s3:// or a folder that all of them share"
         )
     return TrainReport(
@@ -90,9 +99,10 @@ def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedColl
     if isinstance(collection, PackedCollection):
         return collection
     _check_two_classes(collection)
+    check_before_packing(store, config)
     from raycnn.packing import pack
 
-    target = store.child("data").url
+    target = store.child(DATA).url
     say(
         {
             "kind": "note",
@@ -108,7 +118,8 @@ def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedColl
 def _check_two_classes(collection: Collection) -> None:
     if len(collection.class_names) < 2:
         names = ", ".join(collection.class_names) or "none"
-        raise DataError(f"{collection.store.url}: classes: {names}; training needs two or more, each with its images")
+        where = collection.store.address()
+        raise DataError(f"{where}: classes: {names}; training needs two or more, each with its images")
 
 
 def _check_classes(packed: PackedCollection) -> None:
@@ -118,9 +129,9 @@ def _check_classes(packed: PackedCollection) -> None:
         missing = [name for name in packed.class_names if not counts.get(name)]
         if missing:
             raise DataError(
-                f"{packed.store.url}: no {split} image of {missing[0]!r}"
+                f"{packed.store.address()}: no {split} image of {missing[0]!r}"
                 + (f" and {len(missing) - 1} other classes" if missing[1:] else "")
-                + f"; add some, or pack with a larger share for {split}"
+                + f"; add some, or give {split} more of them: raycnn pack SRC DST --val SHARE --test SHARE"
             )
 
 
@@ -140,16 +151,27 @@ def image_spec(config: TrainConfig, manifest: dict[str, Any]) -> ImageSpec:
     seen = manifest["images"]
     if not seen["channels"]:
         raise DataError("not one of the packed images can be read, so there is nothing to train on")
-    gray = config.weights is None and set(seen["channels"]) == {"1"}
-    colours: dict[str, Any] = {"channels": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    if gray:
-        colours = {"channels": 1, "mean": (sum(IMAGENET_MEAN) / 3,), "std": (sum(IMAGENET_STD) / 3,)}
+    known = published_spec(config.model, config.weights) if config.weights else None
+    if _channels(config, seen) == 1:
+        colours: dict[str, Any] = {"channels": 1, "mean": GRAY_MEAN, "std": GRAY_STD}
+    else:
+        colours = (known or ImageSpec()).model_dump(include={"channels", "mean", "std"})
     (low_h, high_h), (low_w, high_w) = seen["height"], seen["width"]
     if config.image_size != "auto":
         return ImageSpec(height=config.image_size, width=config.image_size, **colours)
     if low_h == high_h and low_w == high_w and max(high_h, high_w) <= SMALL_SIDE:
         return ImageSpec(height=high_h, width=high_w, crop=1.0, **colours)
-    return ImageSpec(height=LARGE_SIDE, width=LARGE_SIDE, **colours)
+    return (known or ImageSpec()).model_copy(update=colours)
+
+
+def _channels(config: TrainConfig, seen: dict[str, Any]) -> int:
+    """1 or 3: those of the weights to start from, else those of the data, which are 1 only if all of it is gray."""
+    if config.weights is None:
+        return 1 if set(seen["channels"]) == {"1"} else 3
+    if is_published_name(config.weights):
+        return 3
+    state = load_weights(config.model, config.weights)
+    return channels_in(blank(config.model, 2, ImageSpec()), state)
 
 
 def _bundle_epochs(store: Store) -> int:
