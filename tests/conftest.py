@@ -4,10 +4,13 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from raycnn.s3local import S3Server
 
@@ -24,22 +27,32 @@ LEAN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_niceness": "0",
 }
 """Ends are seen sooner, and no process is started that might not be needed."""
 os.environ.update(LEAN_RAY)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes run the tests: those that share a cluster go to one of them, other modules to whichever is free.
+class TwoProcesses(LoadScopeScheduling):
+    """Modules that share the session's Ray cluster run in one process, the others in whichever is free."""
 
-    What takes long comes first, so that both end at about the same time.
-    """
+    def _split_scope(self, nodeid: str) -> str:
+        module = Path(nodeid.partition("::")[0]).name
+        shares = "ray_cluster" in Path(__file__).with_name(module).read_text(encoding="utf-8")
+        return "the session's cluster" if shares else module
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a cluster or the S3 server is slow."""
     for item in items:
-        shares = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shares else item.path.stem))
-    first = ["test_jobs", "ray", "test_small_cluster", "test_cluster", "test_demo"]
-    groups = {item: next(item.iter_markers("xdist_group")).args[0] for item in items}
-    items.sort(key=lambda item: first.index(groups[item]) if groups[item] in first else len(first))
+        if item.get_closest_marker("ray") or item.get_closest_marker("s3"):
+            item.add_marker("slow")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoProcesses:
+    """Called where `-n` is not 0."""
+    return TwoProcesses(config, log)
 
 
 @pytest.fixture(scope="session")

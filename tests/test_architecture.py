@@ -112,6 +112,7 @@ def fresh(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_layers_below_ray_import_without_ray():
     names = ", ".join(f"raycnn.{m}" for layer in LAYERS[:3] for m in sorted(layer))
     assert "False" in fresh(f"import sys, {names}; print('ray' in sys.modules)")
@@ -122,6 +123,7 @@ def test_layers_below_torch_import_without_torch():
     assert "False False" in fresh(f"import sys, {names}; print('ray' in sys.modules, 'torch' in sys.modules)")
 
 
+@pytest.mark.slow
 def test_importing_everything_changes_nothing(tmp_path):
     code = (
         "import os, sys, logging, importlib, pkgutil\n"

@@ -4,17 +4,21 @@ import math
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycnn.data import Node, Resources, plan_serving, plan_training, plan_units
+from raycnn.config import PackConfig, make
+from raycnn.data import Node, Resources, board, plan_serving, plan_training, plan_units
 from raycnn.data.board import shortage
 from raycnn.data.cluster import _most as launchable
 from raycnn.errors import ConfigError
+from raycnn.packing import pack
 
 
 def cluster(*nodes: float | tuple[float, float]) -> Resources:
@@ -191,6 +195,25 @@ def test_what_others_hold_is_said_and_no_more_once_it_is_free(ray_cluster):
     assert ours.wait(20)
     wait_until(lambda: shortage() is None)
     remove_placement_group(ours)
+
+
+@pytest.mark.ray
+def test_a_verb_that_waits_for_others_says_so_and_goes_on(ray_cluster, tmp_path, monkeypatch):
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr(board, "QUIET_S", 1)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.png").write_bytes(b"anything")
+    config = make(PackConfig, {"src": str(tmp_path / "raw"), "dst": str(tmp_path / "packed")})
+    theirs, notes = placement_group([{"CPU": 2}]), Queue()
+    assert theirs.wait(20)
+    with ThreadPoolExecutor() as pool:
+        packing = pool.submit(pack, config, lambda event: notes.put(event.get("text")))
+        while not str(note := notes.get(timeout=60)).startswith("waiting for"):
+            pass
+        assert note.startswith("waiting for 1 CPU: the cluster has 0 of 2 free")
+        remove_placement_group(theirs)
+        assert packing.result().rows == 1
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -230,6 +230,7 @@ def weights(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_torchvision_model_is_imported_with_the_names_of_imagenet(weights, tmp_path):
     report = raycnn.import_model("squeezenet1_1", str(tmp_path / "b"), weights=str(weights))
     loaded = bundles.load(report.bundle)
@@ -257,6 +258,7 @@ def test_an_import_with_own_names_and_safetensors_and_again_by_the_same_command(
         raycnn.import_model("classic", str(tmp_path / "b"), **arguments | {"image_size": 40})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "names", "told"),
     [

@@ -367,6 +367,7 @@ def test_help_and_mistakes_need_neither_torch_nor_ray(line: str):
     assert done.stderr.splitlines()[-1] == "set()"
 
 
+@pytest.mark.slow
 def test_help_takes_at_most_half_a_second_of_a_cpu():
     def seconds() -> float:
         command = [Path(sys.executable).with_name("raycnn"), "--help"]
@@ -399,6 +400,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_exits_130():
     process = subprocess.Popen([sys.executable, "-c", SLEEPER], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -510,6 +512,7 @@ def test_an_error_in_a_ray_worker_is_told_like_one_here():
     assert told == ["access denied to s3://b", "bundle b was altered", "row 7 has no pixels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["pack", "train", "evaluate", "label"])
 def test_a_job_script_is_the_verb_in_thirty_lines(verb: str):
     script = ROOT / "jobs" / f"{verb}.py"

@@ -172,6 +172,7 @@ def test_the_votes_are_bars_and_so_are_the_probabilities_that_softmax_makes_of_t
     assert runs(below, TROUGH) == pytest.approx([340 - float(p) * 340 for p in probabilities], abs=2)
 
 
+@pytest.mark.slow
 def test_a_torchvision_model_shows_its_first_layer_and_the_best_of_many_classes(tmp_path):
     names = tuple(f"a class with a rather long name, number {i}" for i in range(30))
     bundle = saved(str(tmp_path), names, RGB, "squeezenet1_0")
@@ -184,6 +185,7 @@ def test_a_torchvision_model_shows_its_first_layer_and_the_best_of_many_classes(
     assert len(runs(picture[maps[-1].y + 70 :], SHARE)) == 10
 
 
+@pytest.mark.slow
 def test_a_long_truth_does_not_run_into_the_scale(gray: Bundle):
     short, long = (decoded(feature_maps_picture(gray, photo(GRAY), truth)) for truth in ("x", "x" * 300))
     left = tiles(short)[0].x - 10
@@ -191,6 +193,7 @@ def test_a_long_truth_does_not_run_into_the_scale(gray: Bundle):
     assert (short[:140] != long[:140]).any()
 
 
+@pytest.mark.slow
 def test_names_with_accents_are_written_in_letters(gray: Bundle):
     boxes = "\U0010fffe"
     written, boxed = (decoded(feature_maps_picture(gray, photo(GRAY), truth)) for truth in ("ÄŁé", 3 * boxes))

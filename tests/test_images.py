@@ -410,6 +410,7 @@ def test_a_jpeg_of_thousands_of_scans_is_not_decoded():
 # Whatever the bytes are
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_damage_raises_and_every_function_says_the_same(data):

@@ -19,23 +19,28 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import LEAN_RAY, free_ports, kill_tree
 from PIL import Image
 
 import raycnn
+from raycnn import bundle as bundles
 from raycnn.s3local import S3Server
+from raycnn.shards.order import steps_per_epoch
 from raycnn.storage import open_store
+from raycnn.training import Checkpoints
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 URL = "s3://raycnn/jobs"
 BUNDLE = f"{URL}/run/bundle"
 PACK = ("pack", f"{URL}/raw", f"{URL}/packed", "--json")
-TRAIN = ("train", f"{URL}/packed", f"{URL}/run", "--epochs", "2", "--json")
+TRAIN = ("train", f"{URL}/packed", f"{URL}/run", "--batch-size", "16", "--json")
+FOR_EVER = (*TRAIN, "--epochs", "100000")
 EVALUATE = ("evaluate", BUNDLE, f"{URL}/packed", "--json")
 LABEL = ("label", f"{URL}/photos", f"{URL}/labels", "--bundle", BUNDLE, "--json")
 MISTYPED = ("pack", f"{URL}/rwa", f"{URL}/packed2", "--json")
@@ -47,6 +52,7 @@ Program = subprocess.Popen[str]
 class Cluster(NamedTuple):
     """A running head; `environment` is that of the shell that started it, `beside` that of another one."""
 
+    processes: list[subprocess.Popen[bytes]]
     gcs: int
     api: str
     environment: dict[str, str]
@@ -72,6 +78,11 @@ class Cluster(NamedTuple):
         assert now == status, lines
         return lines
 
+    def kill(self, command: str) -> None:
+        """Kill one of the cluster's processes, whose command line begins so."""
+        family = [p for root in self.processes for p in psutil.Process(root.pid).children(recursive=True)]
+        next(p for p in family if " ".join(p.cmdline()).startswith(command)).kill()
+
     def ask(self, path: str, content: dict[str, Any] | None = None, method: str | None = None) -> Any:
         """What the dashboard answers to a GET, or to a POST where there is content."""
         body = None if content is None else json.dumps(content).encode()
@@ -82,7 +93,7 @@ class Cluster(NamedTuple):
 
 @pytest.fixture(scope="module")
 def cluster(s3: S3Server) -> Iterator[Cluster]:
-    """`ray start --head` with 2 CPUs in an environment that knows the S3 server; its home holds no token.
+    """A head without CPUs and a node with one, in an environment that knows the S3 server; its home holds no token.
 
     The home of the other shell holds the token that a Ray started there before has left.
     """
@@ -95,18 +106,25 @@ def cluster(s3: S3Server) -> Iterator[Cluster]:
     environment |= LEAN_RAY | {"HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_API_SERVER_ADDRESS": api}
     environment |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # a busy machine does not import in the usual 5 s
-    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--dashboard-agent-listen-port={agent}"]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    common = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
+    head = ["--head", "--num-cpus=0", f"--port={gcs}", f"--dashboard-port={dashboard}", *common]
+    head += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    node = [f"--address=127.0.0.1:{gcs}", "--num-cpus=1", *common]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        while "Ray runtime started" not in (home / "log").read_text():
-            assert process.poll() is None, (home / "log").read_text()
-            time.sleep(0.1)
-        yield Cluster(gcs, api, environment, environment | {"HOME": str(home / "beside")})
+        for name, options in (("head", head), ("node", node)):
+            with (home / name).open("w") as log:
+                command = [BIN / "ray", "start", *options]
+                processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+                )
+            while "Ray runtime started" not in (home / name).read_text():
+                assert processes[-1].poll() is None, (home / name).read_text()
+                time.sleep(0.1)
+        yield Cluster(processes, gcs, api, environment, environment | {"HOME": str(home / "beside")})
     finally:
-        kill_tree(process)
+        for process in processes:
+            kill_tree(process)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -139,6 +157,8 @@ class Chain(NamedTuple):
     """What became of the jobs, each submitted when the one before it had ended."""
 
     reports: dict[str, dict[str, Any]]
+    epochs: list[list[int]]
+    """What metrics.jsonl held when a worker was killed, when the driver was, and in the end."""
     mistyped: str
     stopped: list[str]
     committed: dict[str, str]
@@ -165,10 +185,21 @@ def png(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def chain(cluster: Cluster, images: np.ndarray) -> Chain:
-    """pack, train, evaluate, label; the first label job is stopped when it has committed a part."""
+    """pack, train, evaluate, label. A worker of the training is killed, and then its driver.
+
+    The first label job is stopped when it has committed a part.
+    """
     reports = {"pack": report(cluster.submit(*PACK))}
-    mistyped = cluster.post(*MISTYPED)
-    reports["train"] = report(cluster.submit(*TRAIN))
+    mistyped, train = cluster.post(*MISTYPED), cluster.post(*FOR_EVER)
+    epochs = [until_epoch(0)]
+    cluster.kill("ray::RayTrainWorker")
+    epochs.append(until_epoch(epochs[0][-1] + 3))
+    cluster.kill("python train.py")
+    cluster.wait(train, "FAILED")
+    tear_the_last_epoch()
+    to_the_end = (*TRAIN, "--epochs", str(done_epochs()[-1] + 4), "--num-workers", "2")
+    reports["train"] = report(cluster.submit(*to_the_end))
+    epochs.append(done_epochs())
     evaluate, label = cluster.submit(*EVALUATE), cluster.post(*LABEL)
     while not any(path.startswith("labels/") for path in etags(f"{URL}/labels")):
         assert cluster.ask(f"/api/jobs/{label}")["status"] in ("PENDING", "RUNNING")
@@ -176,15 +207,56 @@ def chain(cluster: Cluster, images: np.ndarray) -> Chain:
     cluster.ask(f"/api/jobs/{label}/stop", {})
     stopped, committed = cluster.wait(label, "STOPPED"), etags(f"{URL}/labels")
     reports |= {"evaluate": report(evaluate), "label": report(cluster.submit(*LABEL))}
-    return Chain(reports, mistyped, stopped, committed)
+    return Chain(reports, epochs, mistyped, stopped, committed)
+
+
+def done_epochs() -> list[int]:
+    """The epochs in metrics.jsonl."""
+    store = open_store(f"{URL}/run")
+    text = store.get("metrics.jsonl").decode() if store.head("metrics.jsonl") else ""
+    return [json.loads(line)["epoch"] for line in text.splitlines()]
+
+
+def until_epoch(epoch: int) -> list[int]:
+    while not (done := done_epochs()) or done[-1] < epoch:
+        time.sleep(0.1)
+    return done
+
+
+def tear_the_last_epoch() -> None:
+    """A driver could die anywhere: between metrics and checkpoint, tensors and marker, config.json and weights."""
+    store = open_store(f"{URL}/run")
+    checkpoints = Checkpoints(store)
+    last, best = checkpoints.last(), checkpoints.best()
+    assert last is not None
+    assert best is not None
+    lines = store.get("metrics.jsonl").decode().splitlines()[: last["epoch"] + 1]
+    lines.append(json.dumps(json.loads(lines[-1]) | {"epoch": last["epoch"] + 1, "train/loss": 99.0}))
+    store.put("metrics.jsonl", "".join(line + "\n" for line in lines).encode())
+    free = ({0, 1, 2} - {last["slot"], best["slot"]}).pop()
+    store.put(f"checkpoints/slot-{free}.safetensors", b"half")
+    store.put("bundle/config.json", b'{"incomplete": true, "metrics": {}}')
 
 
 def test_the_chain_runs_as_jobs(chain: Chain):
     pack, train, evaluate, label = (chain.reports[verb] for verb in ("pack", "train", "evaluate", "label"))
     assert pack["status"] == {"ok": 160}
-    assert train["epochs"] == 2
+    assert train["epochs"] == len(chain.epochs[-1])
     assert evaluate["rows"] == pack["splits"]["test"]
     assert label["status"] == {"ok": ROWS}
+
+
+def test_training_survives_the_death_of_a_worker_and_goes_on_after_that_of_its_driver(chain: Chain):
+    _, by_driver, end = chain.epochs
+    assert by_driver == list(range(len(by_driver)))
+    assert end == list(range(len(end)))
+    train = chain.reports["train"]
+    assert len(by_driver) <= train["resumed_at_epoch"] < len(end)
+    assert bundles.load(BUNDLE).config["metrics"]["epochs"] == len(end)
+    lines = [json.loads(line) for line in open_store(f"{URL}/run").get("metrics.jsonl").decode().splitlines()]
+    steps = steps_per_epoch(chain.reports["pack"]["splits"]["train"], 16)
+    assert [line["step"] for line in lines] == [steps * (e + 1) for e in end]
+    assert all(line["train/loss"] < 99 for line in lines)
 
 
 def test_a_job_of_a_user_who_mistyped_fails_with_the_line_that_says_so(cluster: Cluster, chain: Chain):
@@ -208,11 +280,12 @@ def test_a_job_that_was_stopped_is_finished_by_the_same_command(chain: Chain):
 
 def test_the_same_jobs_again_find_nothing_to_do(cluster: Cluster, chain: Chain):
     before = etags(URL)
-    jobs = [cluster.post(*arguments) for arguments in (PACK, TRAIN, LABEL)]
-    pack, train, label = (json.loads(cluster.wait(job, "SUCCEEDED")[-1]) for job in jobs)
+    train = (*TRAIN, "--epochs", str(chain.reports["train"]["epochs"]), "--num-workers", "2")
+    jobs = [cluster.post(*arguments) for arguments in (PACK, train, LABEL)]
+    pack, trained, label = (json.loads(cluster.wait(job, "SUCCEEDED")[-1]) for job in jobs)
     assert etags(URL) == before
     assert pack["shards_written"] == 0
-    assert train["resumed_at_epoch"] == 2
+    assert trained["resumed_at_epoch"] == trained["epochs"]
     assert label["units_written"] == 0
 
 

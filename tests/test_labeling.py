@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 import raycnn
@@ -122,7 +123,7 @@ def test_a_run_that_was_killed_is_resumed_and_loses_and_doubles_nothing(tmp_path
         Path(data, name).write_bytes(content)
     out = tmp_path / "labels"
     command = [RAYCNN, "label", data, str(out), "--bundle", bundle]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(out.glob("labels/*/part-*.parquet")):
         time.sleep(0.05)

@@ -212,6 +212,7 @@ def test_verify_needs_an_output_of_label(tmp_path):
         raycnn.verify(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_whatever_byte_of_a_part_is_altered_verify_says_so(done, tmp_path):
     ledger, plan = done
     path = tmp_path / "out" / ledger.path(plan.refs[3])

@@ -87,6 +87,7 @@ def ranks(tmp_path_factory) -> dict[tuple[int, int], dict[str, Tensor]]:
     return {(w, r): torch.load(folder / f"{w}-{r}.pt", weights_only=True) for w in SHARES for r in range(w)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARES)
 def test_evaluation_counts_every_row_once_on_any_number_of_processes(ranks, world):
     alone = evaluate(classic(), [images(ROWS)], CLASSES)
@@ -99,6 +100,7 @@ def test_evaluation_counts_every_row_once_on_any_number_of_processes(ranks, worl
         assert found.ece == pytest.approx(alone.ece, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARES)
 def test_a_step_is_that_of_the_whole_batch_however_it_is_spread(ranks, world):
     model = classic()
@@ -109,6 +111,7 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_spread(ranks, world):
             torch.testing.assert_close(ranks[world, rank][f"classic.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "empty"), [(2, 0), (3, 1)])
 def test_a_rank_without_rows_teaches_batch_normalisation_nothing(ranks, world, empty):
     untouched = restless().net.get_buffer("1.running_mean")
@@ -118,6 +121,7 @@ def test_a_rank_without_rows_teaches_batch_normalisation_nothing(ranks, world, e
     assert torch.equal(learned, untouched) == (empty == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARES)
 def test_ranks_count_with_the_running_statistics_of_rank_0(ranks, world):
     model = restless()

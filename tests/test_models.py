@@ -85,6 +85,7 @@ def test_classic_has_fewer_than_100_000_parameters_on_fashion_mnist():
     assert models.count_parameters(models.build("classic", 10, spec())) == 54_666
 
 
+@pytest.mark.slow
 def test_classic_reads_handwritten_digits():
     from sklearn.datasets import load_digits
 
@@ -117,6 +118,7 @@ def test_mean_and_std_are_not_among_the_weights():
     assert not {"mean", "std"} & {key.rpartition(".")[2] for key in models.build("classic", 4, spec()).state_dict()}
 
 
+@pytest.mark.slow
 def test_every_torchvision_classification_model_gets_a_head_for_the_class_count():
     names = models.architectures()
     assert {"classic", "resnet18", "resnet152", "mobilenet_v3_small", "convnext_tiny"} <= set(names)
@@ -129,6 +131,7 @@ def test_every_torchvision_classification_model_gets_a_head_for_the_class_count(
         assert outputs[-1] == 7, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
 def test_every_family_runs_on_grayscale(name):
     shape = spec(SMALLEST[name], SMALLEST[name])
@@ -215,6 +218,7 @@ def test_a_training_checkpoint_of_a_wrapped_model_is_understood(tmp_path):
     assert torch.equal(loaded.net.fc.weight, trained.net.fc.weight)
 
 
+@pytest.mark.slow
 def test_keys_of_published_densenet_and_googlenet_files_are_understood():
     dense = models.build("densenet121", 3, spec(32, 32, 3))
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in dense.net.state_dict().items()}

@@ -34,6 +34,7 @@ def visited(groups: list[Slice], seed: int, epoch: int, batch_size: int, lanes: 
     return steps
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     batch_size=st.integers(1, 64),

@@ -171,6 +171,7 @@ def test_hostile_and_long_class_names_are_text_and_leave_the_matrix_readable(tmp
     assert HOSTILE[3] in titles
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_are_shown_as_the_worst_pairs(tmp_path: Path):
     names = tuple(f"class {i}" for i in range(1000))
     metrics = counted(1000, {(7, 9): 3, (500, 2): 5}, right=1)

@@ -170,6 +170,7 @@ def serve(keys: set[str], size: int, as_tree: bool) -> Callable[[Query], Page]:
     return fetch
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     st.sets(st.lists(st.sampled_from(["a", "a-", "a.b", "b", "é"]), min_size=1, max_size=4).map("/".join), max_size=40),
@@ -194,6 +195,7 @@ def looked_at(keys: set[str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str
     return *open_store("s3://bucket/in").children(), len(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "beside"),
     [
@@ -383,6 +385,7 @@ def at(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
         monkeypatch.setenv(name, "unused")
 
 
+@pytest.mark.slow
 def test_the_probe_refuses_a_store_that_ignores_the_condition(odd: OddServer):
     odd.conditional = False
     store = open_store("s3://bucket/out")
@@ -413,6 +416,7 @@ def test_on_a_local_folder_the_promise_changes_nothing(tmp_path: Path):
     assert (store.create("x", b"1"), store.create("x", b"2")) == (True, False)
 
 
+@pytest.mark.slow
 def test_a_create_whose_answer_was_lost_is_repeated_and_leaves_one_object(odd: OddServer):
     store = open_store("s3://bucket/out")
     odd.script["PUT"] = ["drop"]
@@ -423,6 +427,7 @@ def test_a_create_whose_answer_was_lost_is_repeated_and_leaves_one_object(odd: O
     assert odd.objects["/bucket/out/next"] == b"mine"
 
 
+@pytest.mark.slow
 def test_a_create_that_met_a_conflict_is_repeated_until_somebody_has_created(odd: OddServer):
     store = open_store("s3://bucket/out")
     odd.script["PUT"] = ["409", "409"]
@@ -435,6 +440,7 @@ def test_a_create_that_met_a_conflict_is_repeated_until_somebody_has_created(odd
         store.create("never", b"mine")
 
 
+@pytest.mark.slow
 def test_a_failing_server_is_asked_again(odd: OddServer):
     store = open_store("s3://bucket/out")
     odd.script["PUT"] = ["503", "drop"]
@@ -500,6 +506,7 @@ def test_an_unreachable_endpoint_is_told_within_seconds(monkeypatch: pytest.Monk
         assert time.monotonic() - begin < 5
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_accepts_and_says_nothing_is_given_up_soon(monkeypatch: pytest.MonkeyPatch):
     assert 2 * aws.FIRST_SECONDS < 10
     monkeypatch.setattr(aws, "FIRST_SECONDS", 1)

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 import raycnn
 from raycnn import bundle as bundles
-from raycnn import data, loop
+from raycnn import loop
 from raycnn.config import IMAGENET_MEAN, ImageSpec, TrainConfig, make
-from raycnn.errors import ConfigError, DataError
+from raycnn.errors import ConfigError, DataError, StorageError
 from raycnn.loop import Trainer, pack_state
 from raycnn.models import build
 from raycnn.shards import PackedCollection, open_collection
@@ -154,20 +154,18 @@ def test_a_model_starts_from_weights_with_the_input_that_they_were_made_for(tmp_
     assert (spec.height, spec.mean) == (224, IMAGENET_MEAN)
 
 
-def test_a_mistake_that_only_one_worker_meets_ends_the_run_at_once(ray_cluster):
-    from raycnn.training.launch import launch
+@pytest.mark.parametrize(
+    ("failure", "decision"),
+    [(DataError("mend it"), "RAISE"), (StorageError("busy"), "RETRY"), (RuntimeError("a node is gone"), "RETRY")],
+)
+def test_what_a_user_has_to_mend_ends_a_run_whichever_worker_meets_it(failure, decision):
+    from ray.train import FailureConfig
+    from ray.train.v2.api.exceptions import WorkerGroupError
 
-    def work(arguments: dict) -> None:
-        import ray.train
-        import torch
+    from raycnn.training.launch import Policy
 
-        if ray.train.get_context().get_world_rank() == 1:
-            raise DataError("mend it")
-        torch.distributed.all_reduce(torch.zeros(1))  # waits for the other one
-
-    settings = config_of("data", "run", num_workers=2, max_failures=1000)
-    with pytest.raises(DataError, match=r"^mend it$"), data.user_errors():
-        launch(work, {}, settings, data.TrainPlan(0.5, 0, 1, 0.5, 1))
+    policy = Policy(FailureConfig(max_failures=1000))
+    assert policy.make_decision(WorkerGroupError("one worker failed", {1: failure})).name == decision
 
 
 def test_more_unreadable_images_than_allowed_are_said_before_any_work(packed, tmp_path):

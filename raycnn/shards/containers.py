@@ -35,22 +35,11 @@ COALESCE_BYTES = 8 * MIB
 LABEL_BYTES = 65536
 """Largest member that is read for a label."""
 
-_SIDE_SUFFIXES = (".cls", ".json", ".txt", ".cls2", ".index", ".inx", ".id", ".jsn", ".jsonl", ".text", ".caption")
-_SIDE_SUFFIXES += (
-    ".transcript",
-    ".csv",
-    ".tsv",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".md",
-    ".html",
-    ".npy",
-    ".npz",
-    ".pt",
-    ".pth",
+_SIDE_SUFFIXES = (
+    *(".caption", ".cbor", ".cls", ".cls2", ".csv", ".html", ".id", ".index", ".inx", ".jsn", ".json", ".jsonl"),
+    *(".md", ".mp", ".msg", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".pyd", ".tb", ".ten", ".text"),
+    *(".transcript", ".tsv", ".txt", ".xml", ".yaml", ".yml"),
 )
-_SIDE_SUFFIXES += (".pth", ".pyd", ".pkl", ".pickle", ".ten", ".tb", ".mp", ".msg", ".cbor")
 """What tars hold beside their images, as WebDataset writes them. All else counts as an image, whatever its name."""
 
 

@@ -20,10 +20,11 @@ ABORT_S = 5.0
 """How long Ctrl-C waits for the workers to be stopped in good order."""
 
 
-class _Policy(DefaultFailurePolicy):
+class Policy(DefaultFailurePolicy):
     """Replaces workers that died, up to `max_failures`; what a user has to mend would only fail again."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """RAISE what a user has to mend; for all else what Ray Train decides."""
         cause = unwrap(training_failed_error)
         if isinstance(cause, RaycnnError) and not isinstance(cause, StorageError):
             return FailureDecision.RAISE
@@ -34,7 +35,7 @@ class _Trainer(TorchTrainer):
     controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
-        policy = _Policy(self.run_config.failure_config or FailureConfig())
+        policy = Policy(self.run_config.failure_config or FailureConfig())
         return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
 
     def _register_sigint_handler(self, controller: Any) -> None:
