@@ -18,6 +18,7 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share what may be two CPUs
 
 settings.register_profile("shared", deadline=None)  # what takes 200 ms elsewhere may take a second beside a cluster
 settings.load_profile("shared")
