@@ -18,8 +18,9 @@ from raycnn.data.board import Progress, Waiting
 from raycnn.data.budget import TrainPlan, UnitPlan
 from raycnn.data.cluster import user_errors
 
-MAX_BLOCKS = 10_000
-"""Blocks that the items of one pipeline are spread over; one item each, up to here."""
+MAX_BLOCKS = 1000
+"""Blocks that the items of one pipeline are spread over; one item each, up to here. Ray Data takes 3 ms to submit a
+block, and begins when it has submitted all."""
 
 FEED_MEMORY_BYTES = 512 * 1024 * 1024
 """Decoded pixels that wait for one training worker."""

@@ -25,8 +25,9 @@ PIECE_BYTES = 96 * MIB
 waits for its blocks to be taken keeps its CPU: those of training would starve those of validation for ever."""
 VAL_CACHE_BYTES = 256 * MIB
 """Decoded validation pixels that a worker keeps, so that later epochs do not decode them again."""
-STREAM_PIECES = 4096
-"""Pieces that one Ray Data execution is made of, so that a long run's plan is never held whole."""
+STREAM_PIECES = (64, 512)
+"""Pieces that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
+pass before the first is decoded; so the first step does not wait long, and later executions are rare."""
 PROGRESS_S = 0.5
 SELFTEST_IMAGES = 8
 
@@ -188,8 +189,10 @@ class _Run:
                 yield buffers.take(list(counts))
 
     def _stream(self, items: Iterator[dict[str, Any]], arguments: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-        while chunk := list(itertools.islice(items, STREAM_PIECES)):
+        size, most = STREAM_PIECES
+        while chunk := list(itertools.islice(items, size)):
             yield from data.stream(data.decode_piece, chunk, self._plan, arguments)
+            size = min(2 * size, most)
 
     def _decode_arguments(self) -> dict[str, Any]:
         spec = self._spec.model_dump(mode="json")
