@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import uuid
@@ -19,6 +20,8 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name.upper(), None)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share what may be two CPUs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 
 settings.register_profile("shared", deadline=None)  # what takes 200 ms elsewhere may take a second beside a cluster
 settings.load_profile("shared")
@@ -45,10 +48,11 @@ class TwoProcesses(LoadScopeScheduling):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a cluster or the S3 server is slow."""
+    """What needs a cluster or the S3 server is slow; what takes longest comes first, so that both processes end together."""
     for item in items:
         if item.get_closest_marker("ray") or item.get_closest_marker("s3"):
             item.add_marker("slow")
+    items.sort(key=lambda item: item.path.name != "test_jobs.py")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoProcesses:

@@ -12,7 +12,7 @@ from raycnn.demo import sources
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-IMAGES = 1000
+IMAGES = 500
 """Of the 1,797 digits that the README's own output was made with."""
 
 
