@@ -48,7 +48,7 @@ class TwoProcesses(LoadScopeScheduling):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a cluster or the S3 server is slow; what takes longest comes first, so that both processes end together."""
+    """What needs a cluster or the S3 server is slow. What takes longest comes first: both processes end together."""
     for item in items:
         if item.get_closest_marker("ray") or item.get_closest_marker("s3"):
             item.add_marker("slow")
