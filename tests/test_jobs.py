@@ -32,7 +32,7 @@ from raycnn.shards.order import steps_per_epoch
 from raycnn.storage import open_store
 from raycnn.training import Checkpoints
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
