@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 import raycnn
 from raycnn import config, errors
 from raycnn.config import Verb, VerbConfig
-from raycnn.errors import ConfigError, RaycnnError
+from raycnn.errors import ConfigError, RaycnnError, one_line
 
 INTERRUPTED = 130
 MAX_TABLE_ROWS = 20
@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _complain(error: RaycnnError) -> int:
-    print("raycnn:", " ".join(str(error).split()), file=sys.stderr)
+    print("raycnn:", one_line(error), file=sys.stderr)
     return error.exit_code
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raycnn.errors import ConfigError
+from raycnn.errors import ConfigError, one_line
 
 MIB = 1024 * 1024
 
@@ -41,6 +41,14 @@ Url = Annotated[str, AfterValidator(absolute)]
 
 Folder = Annotated[str, AfterValidator(_local)]
 """A path on this machine."""
+
+Patterns = Annotated[
+    tuple[str, ...],
+    Field(
+        description="Glob patterns of objects to leave out, by their path below the collection (* matches / too): "
+        "images, or whole tars, Parquet and IDX files; keys inside those are not matched."
+    ),
+]
 
 MAX_SIDE = 4096
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
@@ -108,9 +116,7 @@ class PackConfig(VerbConfig):
     """Share of the images that becomes the validation split, where the source does not name one."""
     test: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes the test split, where the source does not name one."""
-    exclude: tuple[str, ...] = ()
-    """Glob patterns of objects to leave out, by their path below the collection (* matches / too): images, or whole
-    tars, Parquet and IDX files; keys inside those are not matched."""
+    exclude: Patterns = ()
     shard_mib: int = Field(default=128, ge=1, le=256)
     """Aimed size of a shard in MiB."""
     seed: int = 0
@@ -186,9 +192,7 @@ class EvaluateConfig(VerbConfig):
     """A packed data set, or any labelled layout."""
     split: str = "auto"
     """train, val, test or all; auto: test if there is one, else val, else all."""
-    exclude: tuple[str, ...] = ()
-    """Glob patterns of objects to leave out, by their path below the collection (* matches / too): images, or whole
-    tars, Parquet and IDX files; keys inside those are not matched."""
+    exclude: Patterns = ()
 
 
 class LabelConfig(VerbConfig):
@@ -205,9 +209,7 @@ class LabelConfig(VerbConfig):
     """The bundle that predicts."""
     split: str = "all"
     """train, val, test or all."""
-    exclude: tuple[str, ...] = ()
-    """Glob patterns of objects to leave out, by their path below the collection (* matches / too): images, or whole
-    tars, Parquet and IDX files; keys inside those are not matched."""
+    exclude: Patterns = ()
     top_k: int = Field(default=5, ge=1, le=100)
     """How many classes a row lists, best first."""
     single_driver: bool = False
@@ -342,7 +344,7 @@ def from_file(schema: type[VerbConfig], path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines for {schema.verb}")
     for key in values:

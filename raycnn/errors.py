@@ -101,6 +101,11 @@ def unwrap(error: BaseException) -> RaycnnError | None:
     return None
 
 
+def one_line(said: object) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(said).split())
+
+
 def _wrapped(error: BaseException) -> Iterator[BaseException]:
     failures = getattr(error, "worker_failures", None) or {}
     names = ("cause", "controller_failure", "__cause__")

@@ -25,7 +25,7 @@ from raycnn.config import LabelConfig, to_yaml
 from raycnn.errors import Bad, BundleError, ConfigError, DataError, Status
 from raycnn.ledger import Growth, Ledger, Plan, UnitRef, fingerprint_id, label_ledger, new_slices
 from raycnn.predictor import Predictions, Predictor
-from raycnn.shards import Collection, PackedCollection, Sample, Slice, open_collection, units
+from raycnn.shards import Collection, Sample, Slice, open_collection, units
 from raycnn.storage import contains, open_store
 
 SCHEMA_VERSION = 1
@@ -76,8 +76,7 @@ def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelRe
         raise ConfigError(f"output {config.out} and input {config.data} lie inside each other; choose another output")
     bundle = bundles.load(config.bundle)
     collection = open_collection(config.data, ())
-    if isinstance(collection, PackedCollection):
-        collection.accept_unreadable = config.accept_unreadable
+    collection.accept_unreadable = config.accept_unreadable
     say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
     run = _LabelRun(config, bundle, collection, say)
     return run.run()
@@ -145,7 +144,7 @@ class _LabelRun:
             raise DataError(
                 f"{self._collection.store.address()}: no images to label; left out: {dict(skipped) or 'none'}"
             )
-        grouped = units(_chain(first, listed))
+        grouped = units(itertools.chain([first], listed))
         plan = self._ledger.plan(len(plans), grouped, self._selection, self._fingerprint, skipped)
         self._store.create("config.yaml", to_yaml(self._config).encode())
         return [plan]
@@ -189,11 +188,6 @@ class _LabelRun:
             status.update(part["status"])
             parts.append({k: part[k] for k in ("path", "bytes", "sha256", "rows")})
         self._ledger.finish(plan, {"status": dict(sorted(status.items())), "parts": parts})
-
-
-def _chain(first: Slice, rest: Iterator[Slice]) -> Iterator[Slice]:
-    yield first
-    yield from rest
 
 
 def _describe(path: str, part: bytes) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from raycnn.config import MIB, VerifyConfig
 from raycnn.errors import ConfigError, DataError, ObjectMissing, RaycnnError, StorageError
-from raycnn.shards import PackedCollection, Slice, open_collection
+from raycnn.shards import Slice, open_collection, path_order
 from raycnn.storage import Store, open_store
 
 VERSION = 1
@@ -249,7 +249,7 @@ class Ledger:
 
     def planned(self, plans: Iterable[Plan]) -> Iterator[Slice]:
         """Every slice that the plans hold, in the order of their paths."""
-        return heapq.merge(*map(self._planned_by, plans), key=_path)
+        return heapq.merge(*map(self._planned_by, plans), key=lambda piece: path_order(piece.path))
 
     def _planned_by(self, plan: Plan) -> Iterator[Slice]:
         for page in plan.content["pages"]:
@@ -319,32 +319,30 @@ def new_slices(listed: Iterable[Slice], planned: Iterable[Slice], growth: Growth
     other places now, and a key would be labelled twice. Both sides come in the order of their paths, so that
     memory does not grow with them.
     """
-    known = itertools.groupby(planned, _path)
-    path, pieces = next(known, (None, iter(())))
-    for listed_path, found in itertools.groupby(_in_order(listed), _path):
-        while path is not None and path < listed_path:
-            growth.gone += sum(p.rows for p in pieces)
-            path, pieces = next(known, (None, iter(())))
-        if path != listed_path:
-            yield from found
-            continue
-        etag = next(pieces).etag
-        growth.changed += sum(p.rows for p in found if p.etag != etag)
-        path, pieces = next(known, (None, iter(())))
-    while path is not None:
-        growth.gone += sum(p.rows for p in pieces)
-        path, pieces = next(known, (None, iter(())))
-
-
-def _path(piece: Slice) -> bytes:
-    return piece.path.encode("utf-8", "surrogateescape")
+    both = heapq.merge(
+        ((path_order(piece.path), False, piece) for piece in planned),
+        ((path_order(piece.path), True, piece) for piece in _in_order(listed)),
+        key=lambda entry: entry[:2],
+    )
+    for _, entries in itertools.groupby(both, key=lambda entry: entry[0]):
+        rows, etag, is_gone = 0, None, True
+        for _, is_listed, piece in entries:
+            if not is_listed:
+                rows, etag = rows + piece.rows, piece.etag
+                continue
+            is_gone = False
+            if etag is None:
+                yield piece
+            elif etag != piece.etag:
+                growth.changed += piece.rows
+        growth.gone += rows * is_gone
 
 
 def _in_order(slices: Iterable[Slice]) -> Iterator[Slice]:
     """The slices, unless one comes before its turn: it could be taken for a new one, and be labelled twice."""
     last = b""
     for piece in slices:
-        path = _path(piece)
+        path = path_order(piece.path)
         if path < last:
             raise DataError(f"{piece.path!r} is listed after a name that follows it, so that nothing was planned")
         last = path
@@ -482,8 +480,7 @@ def _read_part(data: bytes) -> tuple[list[str], list[str], Mapping[bytes, bytes]
 def _compare_inputs(ledger: Ledger, plans: list[Plan]) -> dict[str, int]:
     selection = plans[0].content["selection"]
     collection = open_collection(selection["data"], ())
-    if isinstance(collection, PackedCollection):
-        collection.accept_unreadable = True  # what is lost or altered is what is counted here
+    collection.accept_unreadable = True  # what is lost or altered is what is counted here
     listed = collection.select(selection["split"], Counter(), selection["exclude"])
     growth = Growth()
     new = sum(s.rows for s in new_slices(listed, ledger.planned(plans), growth))

@@ -30,6 +30,7 @@ from raycnn.shards import (
     MANIFEST,
     SPLITS,
     VERSION,
+    WORK,
     Collection,
     PackedRow,
     Sample,
@@ -43,7 +44,6 @@ from raycnn.shards import (
 )
 from raycnn.storage import Store, contains, open_store, scratch_folder
 
-WORK = "_pack"
 BUCKETS = 64
 """Files that a listing is spilled to while it is mixed: one of them is sorted in memory at a time."""
 WINDOW_BYTES = 1024 * MIB

@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import socket
@@ -42,8 +43,12 @@ class TwoProcesses(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         module = Path(nodeid.partition("::")[0]).name
-        shares = "ray_cluster" in Path(__file__).with_name(module).read_text(encoding="utf-8")
-        return "the session's cluster" if shares else module
+        return "the session's cluster" if _shares(module) else module
+
+
+@functools.cache
+def _shares(module: str) -> bool:
+    return "ray_cluster" in Path(__file__).with_name(module).read_text(encoding="utf-8")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at

@@ -141,7 +141,7 @@ def load(url: str) -> Bundle:
         if path not in files:
             raise BundleError(f"{store.address(CONFIG)} does not list {path}, so the bundle is incomplete")
     classifier = models.blank(known.model, len(known.label_names), known.image_spec)
-    models.fill(classifier, models.parse_weights(files[WEIGHTS], WEIGHTS), f"{store.address(WEIGHTS)}")
+    models.fill(classifier, models.parse_weights(files[WEIGHTS], WEIGHTS), store.address(WEIGHTS))
     classifier.eval().requires_grad_(False)
     selftest = run_selftest(store.address(), files, classifier, known.versions.get("decoder"))
     weights_sha256 = known.files[WEIGHTS]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from raycnn import images, models
-from raycnn.errors import Bad, BundleError
+from raycnn.errors import Bad, BundleError, one_line
 from raycnn.models import Classifier
 
 EXPECTED = "selftest/expected.json"
@@ -107,7 +107,7 @@ def run_selftest(url: str, files: Mapping[str, bytes], classifier: Classifier, d
         expected = [_Expected.model_validate(line) for line in json.loads(files[EXPECTED])]
         logits = torch.tensor([line.logits for line in expected])
     except (ValidationError, ValueError) as error:
-        raise BundleError(f"{url}/{EXPECTED} is not readable: {' '.join(str(error).split())}") from None
+        raise BundleError(f"{url}/{EXPECTED} is not readable: {one_line(error)}") from None
     if logits.ndim != 2 or logits.shape[1] != classifier.num_classes:
         raise BundleError(f"{url}/{EXPECTED} has logits for another number of classes")
     pixels: list[images.Pixels] = []

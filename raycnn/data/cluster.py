@@ -60,7 +60,7 @@ def session() -> Iterator[None]:
     """Disconnect at the end, which ends a cluster that was started inside; not from one that was there before."""
     import ray
 
-    was_connected = ray.is_initialized()
+    was_connected = is_connected()
     try:
         yield
     finally:

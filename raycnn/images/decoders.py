@@ -23,7 +23,7 @@ from PIL import (
 )
 
 from raycnn.config import Limits
-from raycnn.errors import Bad, Status
+from raycnn.errors import Bad, Status, one_line
 from raycnn.images import structure
 
 Pixels = npt.NDArray[np.uint8]
@@ -243,7 +243,7 @@ def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
 
 
 def _bad(name: str, encoded: bytes, error: BaseException) -> Bad:
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(error) or type(error).__name__
     if isinstance(error, (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return Bad(Status.TOO_LARGE, f"{name}: {said}")
     # A WebP decoder says end-of-file for damage, too.

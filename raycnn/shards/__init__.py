@@ -11,6 +11,7 @@ from raycnn.shards.collection import (
     Slice,
     hash_split,
     key_hash,
+    path_order,
     units,
 )
 from raycnn.shards.layouts import open_collection, parse_class_names
@@ -18,6 +19,7 @@ from raycnn.shards.packed import (
     FORMAT,
     MANIFEST,
     VERSION,
+    WORK,
     PackedCollection,
     PackedRow,
     is_manifest,
@@ -31,6 +33,7 @@ __all__ = [
     "SPLITS",
     "UNIT_BYTES",
     "VERSION",
+    "WORK",
     "Collection",
     "PackedCollection",
     "PackedRow",
@@ -41,6 +44,7 @@ __all__ = [
     "key_hash",
     "open_collection",
     "parse_class_names",
+    "path_order",
     "summarise",
     "units",
     "write_shard",

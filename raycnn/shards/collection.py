@@ -67,6 +67,8 @@ class Collection(ABC):
     reason: str
     random_access: bool = True
     """Whether single rows can be read at no more than their own cost, so that they can be mixed by listing."""
+    accept_unreadable: bool = False
+    """Whether an object that is missing or altered is planned, where a manifest says what it held; or refused."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -152,6 +154,11 @@ class Excludes:
 def is_hidden(path: str) -> bool:
     """Folder markers, and names of which any part starts with a dot or an underscore."""
     return path.endswith("/") or any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def path_order(path: str) -> bytes:
+    """What paths are sorted by, as S3 lists them."""
+    return path.encode("utf-8", "surrogateescape")
 
 
 def is_text(path: str) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import pyarrow as pa
 
 from raycnn.config import MIB
-from raycnn.errors import DataError, ObjectChanged, ObjectMissing
+from raycnn.errors import DataError, ObjectChanged, ObjectMissing, one_line
 from raycnn.shards.collection import (
     SPLIT_NAMES,
     SPLITS,
@@ -53,12 +53,7 @@ def whole_object_errors(where: str) -> Iterator[None]:
     except ObjectChanged:
         raise DataError(f"{where} was replaced since it was listed; label to a new output, or restore it") from None
     except (pa.ArrowException, tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{where}: damaged: {one_line(error)}; restore it, or move it elsewhere") from None
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, short enough for a message."""
-    return " ".join(str(error).split())[:200]
+        raise DataError(f"{where}: damaged: {one_line(error)[:200]}; restore it, or move it elsewhere") from None
 
 
 def split_in_name(path: str) -> str | None:
@@ -123,7 +118,7 @@ class TarCollection(ObjectCollection):
 
     def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
         for (path, etag), run in groupby(slices, key=lambda s: (s.path, s.etag)):
-            with whole_object_errors(f"{self.store.address()}/{path}"):
+            with whole_object_errors(self.store.address(path)):
                 if path.endswith("gz"):
                     yield from self._read_gzipped(path, etag, list(run))
                 else:
@@ -231,7 +226,7 @@ def _members(store: Store, entry: Entry, skipped: Counter[str]) -> Iterator[_Mem
     waiting: list[_Member] = []
     label, stem = "", None
     with (
-        whole_object_errors(f"{store.address()}/{entry.path}"),
+        whole_object_errors(store.address(entry.path)),
         _open_tar(store, entry.path, entry.etag) as tar,
     ):
         for info in _headers(tar):

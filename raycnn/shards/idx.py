@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from raycnn.errors import DataError
+from raycnn.errors import DataError, one_line
 from raycnn.shards.collection import SPLIT_NAMES, SPLITS, Excludes, Sample, Slice
-from raycnn.shards.containers import one_line, whole_object_errors
+from raycnn.shards.containers import whole_object_errors
 from raycnn.shards.objects import ObjectCollection
 from raycnn.storage import Entry, Store
 
@@ -52,7 +52,7 @@ class IdxCollection(ObjectCollection):
 
     def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
         for piece in slices:
-            with whole_object_errors(f"{self.store.address()}/{piece.path}"):
+            with whole_object_errors(self.store.address(piece.path)):
                 images = _idx_images(self.store, piece.path, piece.etag)
             png = io.BytesIO()
             Image.fromarray(images[piece.first]).save(png, "PNG", compress_level=1)
@@ -65,13 +65,13 @@ def _idx_split(path: str) -> str | None:
 
 
 def _idx_labels(store: Store, images: str, files: list[Entry]) -> list[int]:
-    count = len(_parse_idx(store.get(images), f"{store.address()}/{images}", 3))
+    count = len(_parse_idx(store.get(images), store.address(images), 3))
     wanted = images.removesuffix(".gz").replace("-images", "-labels").replace("idx3", "idx1")
     for entry in files:
         if entry.path.removesuffix(".gz") == wanted:
-            labels = _parse_idx(store.get(entry.path), f"{store.address()}/{entry.path}", 1).tolist()
+            labels = _parse_idx(store.get(entry.path), store.address(entry.path), 1).tolist()
             if len(labels) != count:
-                raise DataError(f"{store.address()}/{entry.path}: {len(labels)} labels for {count} images")
+                raise DataError(f"{store.address(entry.path)}: {len(labels)} labels for {count} images")
             return labels
     return [-1] * count
 
@@ -82,7 +82,7 @@ def _parse_idx(data: bytes, where: str, dimensions: int) -> np.ndarray:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{where}: damaged: {one_line(error)}; restore it") from None
+            raise DataError(f"{where}: damaged: {one_line(error)[:200]}; restore it") from None
     start = 4 + 4 * dimensions
     if data[:4] != bytes((0, 0, 8, dimensions)):
         raise DataError(f"{where}: not an IDX file of unsigned bytes in {dimensions} dimension(s); restore it")
@@ -96,4 +96,4 @@ def _parse_idx(data: bytes, where: str, dimensions: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _idx_images(store: Store, path: str, etag: str) -> np.ndarray:
-    return _parse_idx(store.get(path, if_match=etag), f"{store.address()}/{path}", 3)
+    return _parse_idx(store.get(path, if_match=etag), store.address(path), 3)

@@ -10,7 +10,7 @@ from raycnn.shards.collection import SPLIT_NAMES, Collection, is_hidden, is_imag
 from raycnn.shards.containers import TAR_SUFFIXES, TarCollection
 from raycnn.shards.idx import IdxCollection
 from raycnn.shards.objects import ListCollection, ObjectCollection, parquet_file, path_column, read_table
-from raycnn.shards.packed import FORMAT, MANIFEST, PackedCollection, is_manifest
+from raycnn.shards.packed import FORMAT, MANIFEST, WORK, PackedCollection, is_manifest
 from raycnn.shards.parquet import ParquetCollection
 from raycnn.storage import Store, open_store
 
@@ -20,7 +20,7 @@ PEEK = 1000
 PEEK_INSIDE = 10
 """Objects without a suffix of which the first bytes are looked at before deciding."""
 HEADER_BYTES = 65536
-PACK_PLAN = "_pack/plan/g0000.json"
+PACK_PLAN = f"{WORK}/plan/g0000.json"
 """What `raycnn pack` writes before anything else, as it writes the manifest after all else."""
 
 
@@ -59,8 +59,8 @@ def _packed(store: Store, folders: list[str], files: list[str]) -> Collection | 
     if is_manifest(data):
         return PackedCollection(store, json.loads(data))
     if FORMAT.encode() in data:
-        raise DataError(f"{store.address()}/{MANIFEST}: damaged; restore it, or pack the data set to another place")
-    if PACK_PLAN.split("/")[0] in folders and store.head(PACK_PLAN):
+        raise DataError(f"{store.address(MANIFEST)}: damaged; restore it, or pack the data set to another place")
+    if WORK in folders and store.head(PACK_PLAN):
         raise DataError(f"{store.address()}: pack was not finished; run the same `raycnn pack` command again")
     return None
 

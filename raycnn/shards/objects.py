@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from raycnn.errors import Bad, DataError, ObjectChanged, ObjectMissing, Status
+from raycnn.errors import Bad, DataError, ObjectChanged, ObjectMissing, Status, one_line
 from raycnn.shards.collection import (
     SPLIT_NAMES,
     SPLITS,
@@ -21,6 +21,7 @@ from raycnn.shards.collection import (
     Sample,
     Slice,
     natural_order,
+    path_order,
     too_large,
 )
 from raycnn.storage import Entry, Store
@@ -102,7 +103,7 @@ class ListCollection(ObjectCollection):
         for name, split in lists.items():
             for path, label, row_split in _list_rows(store, name):
                 if path in rows:
-                    raise DataError(f"{store.address()}/{name}: {path!r} is named twice; keep one line for each image")
+                    raise DataError(f"{store.address(name)}: {path!r} is named twice; keep one line for each image")
                 rows[path] = (label, row_split or split)
         self._rows = rows
         self.class_names = natural_order(label for label, _ in rows.values() if label)
@@ -112,11 +113,11 @@ class ListCollection(ObjectCollection):
     def slices(self, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         excludes, listed = Excludes(exclude), self.store.list()
         entry = next(listed, None)
-        for path in sorted(self._rows, key=_order):
+        for path in sorted(self._rows, key=path_order):
             if excludes.match(path):
                 skipped["excluded"] += 1
                 continue
-            while entry is not None and _order(entry.path) < _order(path):
+            while entry is not None and path_order(entry.path) < path_order(path):
                 entry = next(listed, None)
             label = self._label(path)
             if entry is not None and entry.path == path:
@@ -136,13 +137,9 @@ def _whole(entry: Entry, label: int) -> Slice:
     return Slice(entry.path, entry.path, entry.size, entry.etag, 0, 1, 0, entry.size, label)
 
 
-def _order(path: str) -> bytes:
-    return path.encode("utf-8", "surrogateescape")
-
-
 def _list_rows(store: Store, name: str) -> Iterator[tuple[str, str, str]]:
     """(path below the root, label or "", split or "") of each row of a list."""
-    table, where = read_table(store, name), f"{store.address()}/{name}"
+    table, where = read_table(store, name), store.address(name)
     column = path_column(table.schema)
     if column is None:
         raise DataError(f"{where}: no path column; name one of its columns {table.column_names} `path`")
@@ -203,8 +200,7 @@ def parquet_file(store: Store, path: str, etag: str | None = None) -> pq.Parquet
     try:
         return pq.ParquetFile(store.open(path, if_match=etag))
     except (pa.ArrowException, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise DataError(f"{store.address()}/{path}: not a Parquet file: {text}") from None
+        raise DataError(f"{store.address(path)}: not a Parquet file: {one_line(error)[:200]}") from None
 
 
 def read_table(store: Store, name: str) -> pa.Table:
@@ -213,7 +209,7 @@ def read_table(store: Store, name: str) -> pa.Table:
     Raises:
         DataError: it cannot be parsed as what its name says.
     """
-    source, where = io.BytesIO(store.get(name)), f"{store.address()}/{name}"
+    source, where = io.BytesIO(store.get(name)), store.address(name)
     try:
         table = _parse_table(source, name)
     except pa.ArrowException as error:

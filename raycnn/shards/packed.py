@@ -17,6 +17,8 @@ from raycnn.shards.parquet import ParquetCollection
 from raycnn.storage import Entry, Store
 
 MANIFEST = "manifest.json"
+WORK = "_pack"
+"""Where `raycnn pack` keeps its plan and its records."""
 FORMAT = "raycnn-packed"
 VERSION = 1
 GROUP_ROWS = 512
@@ -112,8 +114,6 @@ class PackedCollection(ParquetCollection):
     """A data set that `raycnn pack` made."""
 
     layout = "packed data set"
-    accept_unreadable = False
-    """Whether a shard that is missing or altered is planned by its manifest, and refused only when it is read."""
 
     def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
         """Take a manifest that `is_manifest` accepted.
@@ -122,7 +122,7 @@ class PackedCollection(ParquetCollection):
             DataError: it was written by a newer raycnn, or lacks what every manifest has.
         """
         if lacking := {"version", "class_names", "splits", "shards"}.difference(manifest):
-            raise DataError(f"{store.address()}/{MANIFEST}: no {sorted(lacking)[0]!r} in it; {_RESTORE}")
+            raise DataError(f"{store.address(MANIFEST)}: no {sorted(lacking)[0]!r} in it; {_RESTORE}")
         if manifest["version"] > VERSION:
             raise DataError(f"{store.address()}: packed by a newer raycnn ({manifest['version']}); upgrade raycnn")
         Collection.__init__(self, store)
@@ -169,12 +169,12 @@ class PackedCollection(ParquetCollection):
         if self.accept_unreadable:
             return Entry(shard["path"], shard["bytes"], ALTERED)
         what = "is missing" if entry is None else f"has {entry.size} bytes, its manifest says {shard['bytes']}"
-        raise DataError(f"{self.store.address()}/{shard['path']} {what}; {_RESTORE}")
+        raise DataError(f"{self.store.address(shard['path'])} {what}; {_RESTORE}")
 
     def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
         for piece in slices:
             if piece.etag == ALTERED:
-                where = f"{self.store.address()}/{piece.path}"
+                where = self.store.address(piece.path)
                 raise DataError(f"{where} is missing, or not as its manifest says; {_RESTORE}")
         return super().read(slices)
 

@@ -53,8 +53,8 @@ class ParquetCollection(Collection):
             raise DataError(f"{store.address()}: no Parquet file with images")
         schema = parquet_file(store, files[0].path, files[0].etag).schema_arrow
         self._model = files[0].path
-        self._image = _image_column(schema, f"{store.address()}/{self._model}")
-        self._label = _label_column(schema, f"{store.address()}/{self._model}")
+        self._image = _image_column(schema, store.address(self._model))
+        self._label = _label_column(schema, store.address(self._model))
         self._named = hugging_face_names(schema, self._label) if self._label else ()
         self._by_position = bool(self._named)
         self._name_classes(class_names if class_names is not None else self._named or self._find_class_names(files))
@@ -70,7 +70,7 @@ class ParquetCollection(Collection):
             return ()
         found: set[str] = set()
         for entry in files:
-            with whole_object_errors(f"{self.store.address()}/{entry.path}"):
+            with whole_object_errors(self.store.address(entry.path)):
                 file = parquet_file(self.store, entry.path, entry.etag)
                 self._check_columns(file.schema_arrow, entry.path)
                 table = file.read(columns=[self._label])
@@ -79,7 +79,7 @@ class ParquetCollection(Collection):
 
     def _check_columns(self, schema: pa.Schema, path: str) -> None:
         """Refuse a file that is another table than the first one: its labels would be lost, or mean others."""
-        where = f"{self.store.address()}/{path}"
+        where = self.store.address(path)
         pairs = (
             ("images are", self._image, _image_column(schema, where)),
             ("labels are", self._label, _label_column(schema, where)),
@@ -107,7 +107,7 @@ class ParquetCollection(Collection):
             if not entry.path.endswith(".parquet"):
                 skipped["not Parquet"] += 1
                 continue
-            with whole_object_errors(f"{self.store.address()}/{entry.path}"):
+            with whole_object_errors(self.store.address(entry.path)):
                 file = parquet_file(self.store, entry.path, entry.etag)
                 self._check_columns(file.schema_arrow, entry.path)
                 keys = (hash(key) for key in _keys_of(file, entry.path))
@@ -135,7 +135,7 @@ class ParquetCollection(Collection):
 
     def read(self, slices: Sequence[Slice]) -> Iterator[Sample]:
         for (path, etag), run in groupby(slices, key=lambda s: (s.path, s.etag)):
-            with whole_object_errors(f"{self.store.address()}/{path}"):
+            with whole_object_errors(self.store.address(path)):
                 file = _open_for_rows(self.store, path, etag)
                 self._check_columns(file.schema_arrow, path)
                 for first, rows in _runs(run):
@@ -144,7 +144,7 @@ class ParquetCollection(Collection):
                         yield from self._samples(path, start, batch)
                         found += len(batch)
                     if found != rows:
-                        raise DataError(f"{self.store.address()}/{path}: holds fewer rows than were planned")
+                        raise DataError(f"{self.store.address(path)}: holds fewer rows than were planned")
 
     def _columns(self, file: pq.ParquetFile) -> list[str]:
         """The columns that are read of each row."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
-from raycnn.errors import ObjectChanged, ObjectMissing, StorageError
+from raycnn.errors import ObjectChanged, ObjectMissing, StorageError, one_line
 from raycnn.storage.base import without_userinfo
 
 if TYPE_CHECKING:
@@ -177,10 +177,10 @@ class Account:
                 answer = self._send(method, bucket, key, query, body)
             except (HTTPClientError, ConnectionError) as error:
                 if (delay := next(delays, None)) is None:
-                    cause = _one_line(error.kwargs.get("error") or error)
+                    cause = one_line(error.kwargs.get("error") or error)
                     raise self._unreachable(cause.rpartition("] ")[2].rpartition(": ")[2].strip(")")) from None
             except BotoCoreError as error:
-                raise StorageError(f"AWS credentials: {_one_line(error)}; log in again") from None
+                raise StorageError(f"AWS credentials: {one_line(error)}; log in again") from None
             else:
                 self._reached = True
                 busy = answer.status >= 500 or answer.status == 429
@@ -298,7 +298,7 @@ class Failure(NamedTuple):
             code[1] if code else "",
             kind[1] if kind else "",
             reason[-1] if reason else "",
-            _one_line(text.partition("\n")[0]),
+            one_line(text.partition("\n")[0]),
         )
 
 
@@ -371,8 +371,4 @@ def _ask_botocore(
         credentials.get_frozen_credentials()
         return custom, region, authorities, lambda: Keys(*credentials.get_frozen_credentials()[:3])
     except BotoCoreError as error:
-        raise StorageError(f"AWS credentials: {_one_line(error)}; check AWS_PROFILE, or log in again") from None
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+        raise StorageError(f"AWS credentials: {one_line(error)}; check AWS_PROFILE, or log in again") from None
