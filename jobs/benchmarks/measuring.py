@@ -1,0 +1,96 @@
+"""What the benchmarks have in common: photos to measure with, timing in turns, and where it was measured."""
+
+import importlib.metadata
+import io
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 9
+
+
+def jpegs(folder: Path) -> list[bytes]:
+    """The JPEG files below a folder."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+    if not paths:
+        raise SystemExit(f"no .jpg or .jpeg file below {folder}")
+    return [path.read_bytes() for path in paths]
+
+
+def synthetic_photos(count: int) -> list[bytes]:
+    """JPEGs of 500 x 375 px and about 75 KB: noise that falls with frequency as it does in photos."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :])
+    frequency[0, 0] = 1
+    photos = []
+    for _ in range(count):
+        spectra = np.fft.rfft2(rng.normal(size=(3, 375, 500))) / frequency**1.35
+        planes = np.fft.irfft2(spectra, (375, 500))
+        planes *= np.array([50, 15, 15])[:, None, None] / planes.std(axis=(1, 2), keepdims=True)
+        ycbcr = np.clip(128 + planes.transpose(1, 2, 0), 0, 255).astype(np.uint8)
+        photos.append(encode(ycbcr, "JPEG", "YCbCr", quality=90))
+    return photos
+
+
+def encode(array: Any, form: str, mode: str | None = None, **options: Any) -> bytes:
+    """The pixels (height, width[, channels]) as a file of a format of Pillow's."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    size = (array.shape[1], array.shape[0])
+    Image.frombytes(mode or "L", size, array.tobytes()).save(file, form, **options)
+    return file.getvalue()
+
+
+def cpu_rates(tasks: Mapping[str, tuple[Callable[[Any], object], list[Any]]]) -> dict[str, list[float]]:
+    """Calls per second of CPU time, task after task in turn, so that a busy machine slows all alike."""
+    rates: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(ROUNDS + 1):
+        for name, (call, items) in tasks.items():
+            start = time.process_time()
+            for item in items:
+                call(item)
+            rates[name].append(round(len(items) / (time.process_time() - start), 1))
+    return {name: rate[1:] for name, rate in rates.items()}  # the first round warms up
+
+
+def ratio(rates: Mapping[str, list[float]], of: str, to: str) -> float:
+    """Median over the rounds, whose two parts ran within a second of each other."""
+    return round(statistics.median(one / other for one, other in zip(rates[of], rates[to], strict=True)), 3)
+
+
+def wall_seconds(tasks: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each call, task after task in turn; the first round warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(ROUNDS + 1):
+        for name, call in tasks.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(round(time.perf_counter() - start, 4))
+    return {name: times[1:] for name, times in taken.items()}
+
+
+def where() -> dict[str, Any]:
+    """The machine, the versions and the commit that a result belongs to."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    packages = ("raycnn", "numpy", "pillow", "simplejpeg", "torch", "torchvision", "obstore", "pyarrow", "s3fs")
+    return {
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit or None,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
