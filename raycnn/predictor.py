@@ -13,6 +13,8 @@ from raycnn.bundle import REDUCED_TOLERANCE, Bundle
 from raycnn.errors import Bad, BundleError
 from raycnn.metrics import top_classes
 
+FLOAT32, FLOAT16 = "float32", "float16"
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -22,6 +24,16 @@ class Predictions:
     """(N, k)"""
     probabilities: npt.NDArray[np.float32]
     """(N, k), calibrated with the bundle's temperature."""
+    embeddings: npt.NDArray[np.float16] | None = None
+    """(N, D), what the layer that casts the votes is given, where it was asked for."""
+
+
+def precision_on(device: str) -> str:
+    """The arithmetic that predictions on a device are held to: float16 on "cuda", float32 elsewhere.
+
+    It decides the tolerance against the bundle's self-test, so labels of different precisions are different labels.
+    """
+    return FLOAT16 if torch.device(device).type == "cuda" else FLOAT32
 
 
 class Predictor:
@@ -36,6 +48,8 @@ class Predictor:
             BundleError: this device computes other logits.
         """
         self.bundle, self.top_k = bundle, min(top_k, len(bundle.class_names))
+        self.precision = precision_on(device)
+        self.backend = f"torch {torch.__version__} {device}"
         self._device = torch.device(device)
         on_cpu = self._device.type == "cpu"
         classifier = bundle.classifier if on_cpu else copy.deepcopy(bundle.classifier)
@@ -50,7 +64,6 @@ class Predictor:
         """The model's pixels (H, W, C) for an encoded image, or why there are none."""
         return images.pixels(encoded, self.bundle.spec)
 
-    @torch.inference_mode()
     def logits(self, batch: images.Pixels) -> Tensor:
         """Uncalibrated float32 logits (N, classes), on the CPU, for pixels (N, H, W, C); N may be 0.
 
@@ -59,6 +72,22 @@ class Predictor:
         Raises:
             ValueError: the pixels are not uint8 or do not have the model's shape.
         """
+        return self._run(batch, with_embeddings=False)[0]
+
+    def predict(self, batch: images.Pixels, with_embeddings: bool = False) -> Predictions:
+        """The best classes for pixels (N, H, W, C), in the batch's order; N may be 0.
+
+        Raises:
+            ValueError: the pixels are not uint8 or do not have the model's shape.
+        """
+        logits, embeddings = self._run(batch, with_embeddings)
+        labels = top_classes(logits, self.top_k)
+        probabilities = torch.softmax(logits / self.bundle.temperature, dim=1).gather(1, labels)
+        half = None if embeddings is None else embeddings.to(torch.float16).numpy()
+        return Predictions(labels.numpy(), probabilities.numpy(), half)
+
+    @torch.inference_mode()
+    def _run(self, batch: images.Pixels, with_embeddings: bool) -> tuple[Tensor, Tensor | None]:
         spec = self.bundle.spec
         shape = (spec.height, spec.width, spec.channels)
         if batch.dtype != np.uint8 or batch.shape[1:] != shape:
@@ -66,14 +95,11 @@ class Predictor:
                 f"expected uint8 pixels (N, {shape[0]}, {shape[1]}, {shape[2]}), got {batch.dtype} {batch.shape}"
             )
         if not len(batch):
-            return torch.zeros((0, len(self.bundle.class_names)))
+            none = torch.zeros((0, self.bundle.classifier.embedding_size)) if with_embeddings else None
+            return torch.zeros((0, len(self.bundle.class_names))), none
         # torch warns about arrays that it could not write to, which is what Ray's object store hands out.
-        pixels = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
-        return self._classifier(pixels.to(self._device)).float().cpu()
-
-    def predict(self, batch: images.Pixels) -> Predictions:
-        """The best classes for pixels (N, H, W, C), in the batch's order; N may be 0."""
-        logits = self.logits(batch)
-        labels = top_classes(logits, self.top_k)
-        probabilities = torch.softmax(logits / self.bundle.temperature, dim=1).gather(1, labels)
-        return Predictions(labels.numpy(), probabilities.numpy())
+        pixels = torch.from_numpy(np.require(batch, requirements=["C", "W"])).to(self._device)
+        if not with_embeddings:
+            return self._classifier(pixels).float().cpu(), None
+        logits, embeddings = self._classifier.votes_and_embeddings(pixels)
+        return logits.float().cpu(), embeddings.cpu()

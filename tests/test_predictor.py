@@ -79,3 +79,14 @@ def test_prepare_gives_pixels_or_why_there_are_none(predictor):
 
 def test_more_classes_than_there_are_cannot_be_listed(predictor):
     assert Predictor(predictor.bundle, top_k=50).predict(pixels(1)).labels.shape == (1, 4)
+
+
+def test_embeddings_are_what_the_last_layer_turns_into_votes(predictor):
+    batch = pixels(5)
+    found = predictor.predict(batch, with_embeddings=True)
+    assert found.embeddings.dtype == np.float16
+    votes = predictor.bundle.classifier.net.fc
+    again = torch.from_numpy(found.embeddings).float() @ votes.weight.T + votes.bias
+    assert torch.allclose(again, predictor.logits(batch), atol=1e-2)
+    assert predictor.predict(batch).embeddings is None
+    assert predictor.predict(pixels(0), with_embeddings=True).embeddings.shape == (0, votes.in_features)

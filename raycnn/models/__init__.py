@@ -89,6 +89,28 @@ class Classifier(nn.Module):
         x = pixels.permute(0, 3, 1, 2).to(self.mean.dtype, memory_format=torch.channels_last)
         return self.net((x / 255 - self.mean) / self.std)
 
+    def votes_and_embeddings(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, num_classes) for uint8 pixels (N, H, W, C), and the embeddings (N, D) that decide them.
+
+        Embeddings are what the layer that casts the votes is given; maps are averaged over rows and columns.
+        """
+        given: list[Tensor] = []
+        hook = self._head().register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
+        try:
+            logits = self(pixels)
+        finally:
+            hook.remove()
+        embeddings = given[-1]
+        return logits, embeddings.mean(dim=(2, 3)) if embeddings.ndim == 4 else embeddings
+
+    @property
+    def embedding_size(self) -> int:
+        """D of the embeddings (N, D)."""
+        return self._head().weight.shape[1]  # pyright: ignore
+
+    def _head(self) -> nn.Module:
+        return self.net.get_submodule(head(self.name, self.net))
+
 
 def build(
     name: str, num_classes: int, spec: ImageSpec, weights: str | None = None, *, seed: int | None = None
