@@ -2,6 +2,7 @@ import base64
 import hashlib
 import io
 import itertools
+import signal
 import struct
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raycnn.config import ImageSpec, Limits
-from raycnn.errors import Bad, Status
+from raycnn.errors import Bad, RaycnnError, Status
 from raycnn.images import center_box, decode, pixels, random_box, read_header
+from raycnn.images.isolated import Isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # it warns before it fails
 
@@ -437,6 +439,80 @@ def test_no_damage_raises_and_every_function_says_the_same(data):
 @settings(max_examples=100, deadline=None)
 def test_no_bytes_at_all_raise(noise, start):
     assert isinstance(decode(start + noise, 3), (Bad, np.ndarray))
+
+
+# What no exception tells of
+
+PLANTS = """
+import os, signal, time, simplejpeg
+decode = simplejpeg.decode_jpeg
+def planted(encoded, *args, **kwargs):
+    if b"planted crash" in encoded:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if b"planted exit" in encoded:
+        os._exit(7)
+    if b"planted hang" in encoded:
+        time.sleep(3600)
+    print("a library says something")
+    return decode(encoded, *args, **kwargs)
+simplejpeg.decode_jpeg = planted
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Isolated processes have the plants; and start quickly, because they have no torch to resize with."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTS)
+    resize = "from types import SimpleNamespace as N\nfrom_numpy, _C = None, N(_nn=N(_upsample_bilinear2d_aa=None))"
+    (tmp_path / "torch.py").write_text(resize)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_isolated_pixels_are_those_of_the_same_process():
+    large, huge = LOSSLESS["bmp"] + bytes(20 << 20), ImageSpec(height=1024, width=1024)  # more than a pipe holds
+    cases = [(file, spec) for file in (LOSSY["jpeg"], LOSSLESS["png"]) for spec in (SPEC, GRAY_SPEC)] + [(large, huge)]
+    with Isolated() as isolated:
+        for encoded, spec in cases:
+            got = isolated.pixels(encoded, spec)
+            assert np.array_equal(got, pixels(encoded, spec))
+            assert got.flags["WRITEABLE"]
+        for encoded in (None, b"<html>", LOSSLESS["png"][:50]):
+            assert isolated.pixels(encoded, SPEC) == pixels(encoded, SPEC)
+
+
+@pytest.mark.slow
+def test_an_image_that_crashes_or_hangs_the_decoder_costs_no_other(planted, capfd):
+    good, spec = LOSSY["jpeg"], ImageSpec(height=40, width=60, crop=1)
+    with Isolated(timeout_s=1) as isolated:
+        for plant, said in {"crash": "signal 11 (Segmentation fault)", "exit": "exit code 7"}.items():
+            assert np.array_equal(isolated.pixels(good, spec), pixels(good, spec))
+            bad = isolated.pixels(good + f"planted {plant}".encode(), spec)
+            assert bad == Bad(Status.CRASHED, f"decoding ended its process with {said}")
+        assert isolated.pixels(good + b"planted hang", spec) == Bad(Status.TIMEOUT, "not decoded in 1 s")
+        assert np.array_equal(isolated.pixels(good, spec), pixels(good, spec))
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_isolated_process_ends_with_the_one_that_started_it(planted, busy):
+    command = [sys.executable, "-m", "raycnn.images.isolated", "0.5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.read(14)  # it is ready
+        if busy:
+            header, encoded = SPEC.model_dump_json().encode(), LOSSY["jpeg"] + b"planted hang"
+            child.stdin.write(struct.pack(">IQ", len(header), len(encoded)) + header + encoded)
+        child.stdin.close()
+        assert child.wait(20) == (-signal.SIGALRM if busy else 0)
+
+
+@pytest.mark.slow
+def test_what_keeps_the_isolated_process_from_starting_is_no_image(planted):
+    (planted / "torch.py").write_text("raise SystemExit(9)")
+    with Isolated() as isolated, pytest.raises(RaycnnError, match=r"did not start \(exit code 9\)"):
+        isolated.pixels(LOSSY["jpeg"], SPEC)
 
 
 # From the image to the model's input

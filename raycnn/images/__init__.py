@@ -13,8 +13,7 @@ the box. The rules, all decided by the content and never by a file's name:
 - A file that ends early is `truncated`. A JPEG that is damaged inside is what libjpeg makes of it, as in
   other viewers, and `undecodable` only where that is nothing.
 
-What a decoder raises becomes a `Bad`. One that crashes or hangs needs a process of its own, which is the
-caller's business.
+What a decoder raises becomes a `Bad`. One that crashes or hangs needs a process of its own: `images.isolated`.
 """
 
 import functools
@@ -29,7 +28,7 @@ from raycnn.errors import Bad
 from raycnn.images.decoders import DECODER, Header, Pixels, open_file, raster
 
 __all__ = ["DECODER", "Box", "Choose", "Header", "Pixels", "center_box", "decode", "pixels", "random_box"]
-__all__ += ["read_header"]
+__all__ += ["prepare_to_resize", "read_header"]
 
 Box = tuple[int, int, int, int]
 """top, left, height, width in px of the upright image."""
@@ -84,6 +83,11 @@ def pixels(
     size = (spec.height, spec.width) if file.orientation < 5 else (spec.width, spec.height)
     resized = _resize(_crop(stored, place), *size)
     return resized if file.orientation == 1 else np.ascontiguousarray(_upright(resized, file.orientation))
+
+
+def prepare_to_resize() -> None:
+    """Import what the first resize would import, which takes seconds: for whoever measures or limits time."""
+    _torch()
 
 
 def center_box(spec: ImageSpec) -> Choose:
