@@ -70,7 +70,7 @@ class Seen(NamedTuple):
     method: str
     key: str
     done: str
-    """"passed", "refused", or the fault."""
+    """"passed", "refused", "killed at <stage>", or the fault."""
     status: int
     """As the client was answered; 0: it was not."""
 
@@ -181,6 +181,7 @@ class FaultProxy:
         for hook in waiting:
             hook.callback(client.port)
         if waiting and client.gone():
+            self.note(request, f"killed at {stage}", 0)
             raise ConnectionResetError
 
     def note(self, request: "_Request", done: str, status: int) -> None:

@@ -428,7 +428,10 @@ def test_a_create_whose_answer_was_lost_is_repeated_and_leaves_one_object(odd: O
 
 
 @pytest.mark.slow
-def test_a_create_that_met_a_conflict_is_repeated_until_somebody_has_created(odd: OddServer):
+def test_a_create_that_met_a_conflict_is_repeated_until_somebody_has_created(
+    odd: OddServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(aws, "RETRIES", 3)
     store = open_store("s3://bucket/out")
     odd.script["PUT"] = ["409", "409"]
     assert store.create("part", b"mine")

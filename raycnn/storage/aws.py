@@ -27,13 +27,15 @@ FIRST_SECONDS = 3
 STALL_SECONDS = 60
 """Without a byte, within one request."""
 RETRIES = 8
-"""Repetitions of a request that failed by no fault of ours, over about a minute."""
+"""Repetitions of a request that failed by no fault of ours, over about a minute: a server may be started again."""
+RETRY_SECONDS = 120
+"""After which nothing is repeated."""
 
 _EXPIRES = datetime.timedelta(minutes=5)
 _BACKOFF = {
     "init_backoff": datetime.timedelta(milliseconds=100),
     "max_backoff": datetime.timedelta(seconds=15),
-    "base": 2,
+    "base": 8,  # obstore waits from 0.1 s to the last wait times this: with 2 it hardly grows, and all ends within 2 s
 }
 
 
@@ -88,11 +90,15 @@ class Account:
         self.keys = keys
         self.authorities = authorities
         self._reached = False
-        self._clients: dict[str, S3Store] = {}
+        self._clients: dict[tuple[str, int], S3Store] = {}
         self._sessions: dict[int, Any] = {}
 
-    def client(self, bucket: str) -> "S3Store":
-        """The bucket's client, which repeats what fails; the endpoint has been seen to answer.
+    def client(self, bucket: str, *, repeats: bool = True) -> "S3Store":
+        """The bucket's client; the endpoint has been seen to answer.
+
+        Args:
+            bucket: its name.
+            repeats: whether the client itself repeats what fails.
 
         Raises:
             StorageError: nobody answers at the endpoint, found out within seconds.
@@ -103,11 +109,12 @@ class Account:
                 "S3 was in use when this process was forked, which the S3 client does not survive: start processes "
                 "with multiprocessing's spawn method"
             )
-        if bucket not in self._clients:
+        kind = bucket, RETRIES if repeats else 0
+        if kind not in self._clients:
             if not self._reached:
                 self._reach(bucket)
-            self._clients[bucket] = self._connect(bucket, RETRIES, total_seconds=600)
-        return self._clients[bucket]
+            self._clients[kind] = self._connect(*kind, total_seconds=600)
+        return self._clients[kind]
 
     def _reach(self, bucket: str) -> None:
         import obstore
@@ -144,7 +151,7 @@ class Account:
             client_options=options,  # pyright: ignore[reportArgumentType]
             retry_config={
                 "max_retries": retries,
-                "retry_timeout": datetime.timedelta(minutes=2),
+                "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS),
                 "backoff": _BACKOFF,  # pyright: ignore[reportArgumentType]
             },
             # Also for keys that never change: obstore would mix in what else it finds in the environment.
@@ -177,8 +184,7 @@ class Account:
                 answer = self._send(method, bucket, key, query, body)
             except (HTTPClientError, ConnectionError) as error:
                 if (delay := next(delays, None)) is None:
-                    cause = one_line(error.kwargs.get("error") or error)
-                    raise self._unreachable(cause.rpartition("] ")[2].rpartition(": ")[2].strip(")")) from None
+                    raise self._unreachable(_cause(one_line(error.kwargs.get("error") or error))) from None
             except BotoCoreError as error:
                 raise StorageError(f"AWS credentials: {one_line(error)}; log in again") from None
             else:
@@ -234,6 +240,11 @@ class Account:
         """
         bucket = "/".join(address.split("/")[:3])
         said = f"HTTP {status} {code}".strip() if status else text
+        if (status, code) == (400, ""):  # to HEAD, whose answers have no body, S3 says so that a token has expired
+            return StorageError(
+                f"{address}: the store refuses ({said}); have the AWS credentials expired? Log in again, or check "
+                "the URL and AWS_ENDPOINT_URL"
+            )
         if code == "NoSuchBucket":
             return StorageError(f"no such bucket: {bucket}; create it, or check its name and AWS_ENDPOINT_URL")
         if status == 404:
@@ -285,6 +296,11 @@ class Failure(NamedTuple):
     text: str
     """The message's first sentence."""
 
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same request may succeed later."""
+        return bool(self.kind) if self.status is None else self.status == 429 or self.status >= 500
+
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         """What an exception of obstore's says."""
@@ -302,10 +318,20 @@ class Failure(NamedTuple):
         )
 
 
+def _cause(text: str) -> str:
+    """The operating system's words in what urllib3 says."""
+    if words := re.search(r"Error\(\d+, ['\"]([^'\"]+)", text):
+        return words[1]
+    return text.rpartition("] ")[2].rpartition(": ")[2].strip(")")
+
+
 def pauses() -> Iterator[float]:
-    """Seconds to wait before each repetition: exponential, with jitter."""
+    """Seconds to wait before each repetition: exponential, with jitter, within RETRY_SECONDS."""
+    give_up = time.monotonic() + RETRY_SECONDS
     for n in range(RETRIES):
-        yield random.uniform(0.05, min(15, 0.1 * 2**n))
+        if time.monotonic() > give_up:
+            return
+        yield min(15, 0.1 * 3**n) * random.uniform(0.5, 1)
 
 
 def find_account(*, anonymous: bool = False, requester_pays: bool = False) -> Account:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from xml.etree.ElementTree import ParseError
@@ -39,8 +38,6 @@ LARGEST_READ = 8 * MIB
 """Read ahead of a reader which goes on sequentially."""
 THREADS = 8
 """Ranges in flight."""
-AMBIGUOUS = 4
-"""Repetitions of a create-once whose outcome is unknown."""
 FLAT = 10_000
 """Names after which a folder that showed no folders is not read on to its end."""
 
@@ -215,10 +212,10 @@ class S3Store(Store):
                 return False
             self.put(path, data)
             return True
-        key, pause = self._key(path), islice(pauses(), AMBIGUOUS)
+        key, pause = self._key(path), pauses()
         while True:
             try:
-                obstore.put(self._client, key, data, mode="create")
+                obstore.put(self._account.client(self._bucket, repeats=False), key, data, mode="create")
                 return True
             except AlreadyExistsError as error:
                 # 412; or 409, where another's write is under way and may yet fail: only then nothing is there.
@@ -229,8 +226,8 @@ class S3Store(Store):
                 failure, problem = Failure.of(error), self._account.problem(error, self.address(path))
                 if failure.status == 501:
                     raise self._overwrites("does not know") from None
-                # obstore repeats what surely failed. Without an answer nobody knows; the condition makes it safe.
-                if failure.status not in {None, 429} or failure.kind == "Connect":
+                # Without an answer nobody knows what was done; the condition makes it safe to do it again.
+                if not failure.is_transient:
                     raise problem from None
             if (delay := next(pause, None)) is None:
                 raise problem from None
