@@ -18,6 +18,8 @@ _VERBS = {
     "evaluate": "evaluate",
     "label": "label",
     "verify": "verify",
+    "review": "review",
+    "export": "export",
     "serve": "serve",
     "import_model": "import",
     "run_demo": "demo",

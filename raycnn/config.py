@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raycnn.errors import ConfigError, one_line
 
@@ -53,6 +62,21 @@ Patterns = Annotated[
 MAX_SIDE = 4096
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 """Height or width of pixels in px."""
+
+
+def _share(value: Any) -> Any:
+    """`5%` is 0.05."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text.endswith("%"):
+        return value
+    try:
+        return float(text[:-1]) / 100
+    except ValueError:
+        return value  # whose type is refused
+
+
+Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
+"""A share as a number from 0 to 1, or in percent: 0.05 or `5%`."""
 
 
 class _Frozen(BaseModel):
@@ -121,6 +145,10 @@ class PackConfig(VerbConfig):
     """Aimed size of a shard in MiB."""
     seed: int = 0
     """Decides the order in which images are mixed."""
+    labels: Url | None = None
+    """Labels that came back from people: a CSV, TSV, JSON Lines or Parquet file with the columns `key` and `label`
+    (class names), a `review.csv` whose column `corrected` was filled in, or Label Studio's JSON export. They give
+    these keys their label, whatever the source says; lines of a `review.csv` that were left empty say nothing."""
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> Self:
@@ -169,7 +197,7 @@ class TrainConfig(VerbConfig):
     """auto: cuda where the cluster has a GPU for every worker."""
     max_failures: int = Field(default=3, ge=0)
     """How often a dead worker is replaced before the run gives up."""
-    max_bad: float = Field(default=0.05, ge=0, le=1)
+    max_bad: Share = 0.05
     """Share of unreadable training images above which the run stops; those without a label do not count."""
 
     @field_validator("image_size")  # Side among several types makes a message of several lines
@@ -212,6 +240,15 @@ class LabelConfig(VerbConfig):
     exclude: Patterns = ()
     top_k: int = Field(default=5, ge=1, le=100)
     """How many classes a row lists, best first."""
+    abstain: Share = 0.0
+    """Leave label and class_name empty where the probability is below this; 0 labels all. What it costs is said."""
+    embeddings: bool = False
+    """Also write what the last layer is given, float16, to embeddings/ beside labels/."""
+    max_bad: Share = 1.0
+    """Share of images that may have no label because of what they are; the run stops when there are more."""
+    layout: Literal["auto", "fused", "staged"] = "auto"
+    """fused: each process does it all; staged: tasks decode for actors that predict; auto: staged where there are
+    GPUs."""
     single_driver: bool = False
     """Accept a store without conditional PUT: you promise that no other run writes to this output."""
     accept_unreadable: bool = False
@@ -228,6 +265,34 @@ class VerifyConfig(VerbConfig):
     """The output of `raycnn label`."""
     deep: bool = False
     """List the inputs again and compare them with the plan, too."""
+
+
+class ExportConfig(VerbConfig):
+    """Compact a finished label output into a few large Parquet files."""
+
+    verb: ClassVar[str] = "export"
+    positional: ClassVar[tuple[str, ...]] = ("out", "dst")
+
+    out: Url
+    """The output of `raycnn label`, finished."""
+    dst: Url
+    """Where the files go: a folder or s3:// prefix. The same command again resumes, or adds what is new."""
+    embeddings: bool = False
+    """Add a column with the embeddings, which `raycnn label --embeddings` has written."""
+
+
+class ReviewConfig(VerbConfig):
+    """Pick the images most worth a person's look: a contact sheet, and tasks for Label Studio."""
+
+    verb: ClassVar[str] = "review"
+    positional: ClassVar[tuple[str, ...]] = ("out", "dst")
+
+    out: Url
+    """The output of `raycnn label`, finished."""
+    dst: Folder
+    """A new or empty folder for the images, contact.png, review.csv, and Label Studio's tasks.json and config.xml."""
+    count: int = Field(default=100, ge=1, le=1000)
+    """How many images to pick."""
 
 
 class ServeConfig(VerbConfig):
@@ -379,6 +444,8 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(EvaluateConfig, "raycnn.evaluating", "evaluate"),
     "label": Verb(LabelConfig, "raycnn.labeling", "label"),
     "verify": Verb(VerifyConfig, "raycnn.ledger", "verify"),
+    "review": Verb(ReviewConfig, "raycnn.reviewing", "review"),
+    "export": Verb(ExportConfig, "raycnn.exchange", "export"),
     "serve": Verb(ServeConfig, "raycnn.serving", "serve"),
     "import": Verb(ImportConfig, "raycnn.bundle", "import_model"),
 }

@@ -5,20 +5,19 @@ Both pictures are PNG on white, 1,600 px wide.
 """
 
 import io
-import unicodedata
-from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from raycnn import images
 from raycnn.bundle import Bundle
 from raycnn.errors import Bad, DataError
 from raycnn.models import feature_maps, first_filters
+from raycnn.reporting.lettering import shortened, written
 
 WIDTH = 1600
 MARGIN = 48
@@ -35,8 +34,6 @@ MAX_BARS = 10
 ROW = 36
 """Height of a bar and the gap below it."""
 LEGEND_WIDTH = 240
-FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf")
-"""Looked for on this machine for what Pillow's own font has no letters for."""
 
 INK, QUIET, FRAME = (23, 28, 38), (98, 106, 120), (214, 218, 226)
 TROUGH, SHARE = (240, 242, 246), (66, 88, 130)
@@ -158,19 +155,14 @@ class _Canvas:
     def text(
         self, x: float, y: float, words: str, size: int, colour: tuple[int, int, int] = INK, anchor: str = "lt"
     ) -> None:
-        words, font = _written(words, size)
+        words, font = written(words, size)
         self._draw.text((x, y), words, fill=colour, font=font, anchor=anchor)
 
     def fitted(
         self, x: float, y: float, words: str, size: int, width: float, anchor: str, colour: tuple[int, int, int] = INK
     ) -> None:
         """Text that is cut off with dots where it is wider than `width`."""
-        words, font = _written(words, size)
-        if self._draw.textlength(words, font) > width:
-            while words and self._draw.textlength(words + "...", font) > width:
-                words = words[:-1]
-            words += "..."
-        self.text(x, y, words, size, colour, anchor)
+        self.text(x, y, shortened(words, size, width), size, colour, anchor)
 
     def legend(self, limit: float | None) -> None:
         """The colour scale, top right, with its ends where they are the same for the whole picture."""
@@ -256,29 +248,6 @@ class _Canvas:
         kernel = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
         self._image.paste(Image.fromarray(raster).resize((width, height), kernel), (x, y))
         self._draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
-
-
-def _written(words: str, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """The words in letters that the font has, and the font."""
-    font = ImageFont.load_default(size)
-    if words.isascii():
-        return words, font
-    for name in FONTS:
-        with suppress(OSError):
-            font = ImageFont.truetype(name, size)
-            break
-
-    def glyph(letter: str) -> bytes:
-        return bytes(cast(Any, font.getmask(letter)))
-
-    unknown = glyph("\U0010ffff")
-
-    def known(letter: str) -> str:
-        if letter.isascii() or letter.isspace() or glyph(letter) != unknown:
-            return letter
-        return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
-
-    return "".join(map(known, words)), font
 
 
 def _limit(values: npt.NDArray[np.float32]) -> float:

@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"storage", "s3local", "images", "shards", "ledger"},
     {"models", "metrics", "loop", "bundle", "predictor"},
     {"data", "packing", "training", "evaluating", "labeling", "serving", "autoscaling"},
-    {"reporting", "explaining", "demo", "cli"},
+    {"reporting", "explaining", "exchange", "reviewing", "demo", "cli"},
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 WITHIN = {
@@ -35,6 +35,9 @@ WITHIN = {
     ("evaluating", "data"),
     ("labeling", "data"),
     ("serving", "data"),
+    ("explaining", "reporting"),
+    ("reviewing", "exchange"),
+    ("reviewing", "reporting"),
     ("demo", "reporting"),
     ("demo", "explaining"),
     ("cli", "reporting"),

@@ -77,6 +77,8 @@ SMALLEST = {
     "evaluate": "BUNDLE DATA",
     "label": "DATA OUT --bundle BUNDLE",
     "verify": "OUT",
+    "review": "OUT DST",
+    "export": "OUT DST",
     "serve": "--bundle BUNDLE",
     "import": "MODEL DST --weights WEIGHTS",
 }
