@@ -1,4 +1,7 @@
+from __future__ import annotations
+
 import functools
+import io
 import os
 import signal
 import socket
@@ -7,14 +10,19 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import psutil
 import pytest
 from hypothesis import settings
+from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
 from raycnn.s3local import S3Server
+
+if TYPE_CHECKING:
+    from raycnn.demo import DemoReport
 
 for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name, None)
@@ -28,13 +36,14 @@ settings.register_profile("shared", deadline=None)  # what takes 200 ms elsewher
 settings.load_profile("shared")
 
 LEAN_RAY = {
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_niceness": "0",
 }
-"""Ends are seen sooner, and no process is started that might not be needed."""
+"""Ends are seen sooner, no process is started that might not be needed, and nobody counts what each one uses."""
 os.environ.update(LEAN_RAY)
 
 
@@ -48,7 +57,8 @@ class TwoProcesses(LoadScopeScheduling):
 
 @functools.cache
 def _shares(module: str) -> bool:
-    return "ray_cluster" in Path(__file__).with_name(module).read_text(encoding="utf-8")
+    text = Path(__file__).with_name(module).read_text(encoding="utf-8")
+    return "ray_cluster" in text or "demonstrated" in text
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
@@ -93,6 +103,63 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
     data.connect()
     yield
     ray.shutdown()
+
+
+class Demonstrated(NamedTuple):
+    """What a demo has reported and said, the objects that it has left, and the same of a second one."""
+
+    report: DemoReport
+    again: DemoReport
+    notes: list[str]
+    notes_again: list[str]
+    objects: dict[str, str | None]
+    objects_again: dict[str, str | None]
+    store: str
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 images of three classes; and one to train on and one of those held out that cannot be read."""
+    from raycnn.shards import hash_split
+
+    root, rng = tmp_path_factory.mktemp("demo") / "stripes", np.random.default_rng(0)
+    for side, name in enumerate(("bottom", "middle", 'top, "high"')):
+        (root / name).mkdir(parents=True)
+        for i in range(80):
+            (root / name / f"{i:03d}.png").write_bytes(_striped(rng, side))
+    for split in ("train", "test"):
+        broken = next(f"middle/b{i}.png" for i in range(1000) if hash_split(f"middle/b{i}.png", 0.1, 0.1) == split)
+        (root / broken).write_bytes(_striped(rng, 1)[:40])
+    return root
+
+
+def _striped(rng: np.random.Generator, side: int) -> bytes:
+    """A PNG image that is lit at its top, its middle or its bottom."""
+    image = rng.integers(0, 60, (9, 9), np.uint8)
+    image[3 * side : 3 * side + 3] += 150
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
+@pytest.fixture(scope="session")
+def demonstrated(
+    s3: S3Server, ray_cluster: None, stripes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Demonstrated:
+    """The demo, run twice against the S3 server and the cluster of the session: its training serves others, too."""
+    from raycnn.config import DemoConfig, make
+    from raycnn.demo import demo
+    from raycnn.storage import open_store
+
+    store, folder = "s3://raycnn/demo", tmp_path_factory.mktemp("made")
+    config = make(DemoConfig, {"data": str(stripes), "dir": str(folder), "store": store})
+    runs: list[tuple[DemoReport, list[str], dict[str, str | None]]] = []
+    for _ in range(2):
+        notes: list[str] = []
+        report = demo(config, lambda event, notes=notes: notes.append(event.get("text", "")))
+        runs.append((report, notes, {e.path: e.etag for e in open_store(store).list()}))
+    (first, notes, objects), (again, notes_again, objects_again) = runs
+    return Demonstrated(first, again, notes, notes_again, objects, objects_again, f"{store}/stripes")
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,6 @@
 """The demo from end to end on S3, and what is left of it when it is cut short."""
 
 import csv
-import io
 import json
 import os
 import shlex
@@ -17,80 +16,31 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow.dataset
 import pytest
-from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from conftest import LEAN_RAY, Demonstrated
 
 from raycnn import bundle as bundles
 from raycnn import cli, demo
 from raycnn.config import VERBS, DemoConfig, Verb, VerbConfig, make
-from raycnn.demo import DemoReport, sources
+from raycnn.demo import sources
 from raycnn.errors import ConfigError, DataError, StorageError
 from raycnn.s3local import S3Server
-from raycnn.shards import hash_split, open_collection
+from raycnn.shards import open_collection
 from raycnn.storage import open_store
 
 RAYCNN = str(Path(sys.executable).with_name("raycnn"))
-
-
-def png(rng: np.random.Generator, side: int) -> bytes:
-    """An image that is lit at its top, its middle or its bottom."""
-    image = rng.integers(0, 60, (9, 9), np.uint8)
-    image[3 * side : 3 * side + 3] += 150
-    sink = io.BytesIO()
-    Image.fromarray(image).save(sink, "PNG")
-    return sink.getvalue()
-
-
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 images of three classes; one of the held-out ones cannot be read."""
-    root, rng = tmp_path_factory.mktemp("demo") / "stripes", np.random.default_rng(0)
-    for side, name in enumerate(("bottom", "middle", 'top, "high"')):
-        (root / name).mkdir(parents=True)
-        for i in range(80):
-            (root / name / f"{i:03d}.png").write_bytes(png(rng, side))
-    broken = next(f"middle/b{i}.png" for i in range(1000) if hash_split(f"middle/b{i}.png", 0.1, 0.1) == "test")
-    (root / broken).write_bytes(png(rng, 1)[:40])
-    return root
-
-
-class Made(NamedTuple):
-    report: DemoReport
-    again: DemoReport
-    notes: list[str]
-    notes_again: list[str]
-    objects: dict[str, str | None]
-    objects_again: dict[str, str | None]
-    store: str
-
-
-@pytest.fixture(scope="module")
-def made(s3: Any, ray_cluster: None, stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The demo, run twice against the S3 server and the cluster of the session."""
-    store, folder = "s3://raycnn/demo", tmp_path_factory.mktemp("made")
-    config = make(DemoConfig, {"data": str(stripes), "dir": str(folder), "store": store})
-    runs: list[tuple[DemoReport, list[str], dict[str, str | None]]] = []
-    for _ in range(2):
-        notes: list[str] = []
-        report = demo.demo(config, lambda event, notes=notes: notes.append(event.get("text", "")))
-        runs.append((report, notes, {e.path: e.etag for e in open_store(store).list()}))
-    (first, notes, objects), (again, notes_again, objects_again) = runs
-    return Made(first, again, notes, notes_again, objects, objects_again, f"{store}/stripes")
-
 
 pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_every_held_out_image_has_one_label_and_the_accuracy_is_that_of_the_evaluation(made: Made):
-    report, packed = made.report, open_collection(f"{made.store}/packed")
+def test_every_held_out_image_has_one_label_and_the_accuracy_is_that_of_the_evaluation(demonstrated: Demonstrated):
+    report, packed = demonstrated.report, open_collection(f"{demonstrated.store}/packed")
     held_out = sum(s.rows for s in packed.select("test", Counter()))
     rows = pyarrow.dataset.dataset(f"{report.labels}/labels").to_table().to_pylist()
     truth = {row["photo"]: row["class"] for row in csv.DictReader(Path(report.truth).read_text().splitlines())}
@@ -106,8 +56,8 @@ def test_every_held_out_image_has_one_label_and_the_accuracy_is_that_of_the_eval
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_what_it_made_lies_where_it_says(made: Made):
-    report = made.report
+def test_what_it_made_lies_where_it_says(demonstrated: Demonstrated):
+    report = demonstrated.report
     assert bundles.load(report.bundle).class_names == ("bottom", "middle", 'top, "high"')
     for file in (*report.pictures, report.report):
         assert Path(file).stat().st_size > 5000
@@ -123,18 +73,20 @@ def test_what_it_made_lies_where_it_says(made: Made):
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_the_same_demo_again_does_nothing_twice(made: Made):
-    assert made.objects_again == made.objects
-    done = [note.strip() for note in made.notes_again if "by an earlier run" in note]
+def test_the_same_demo_again_does_nothing_twice(demonstrated: Demonstrated):
+    assert demonstrated.objects_again == demonstrated.objects
+    done = [note.strip() for note in demonstrated.notes_again if "by an earlier run" in note]
     assert done == [f"{word} by an earlier run" for word in ("packed", "trained", "evaluated", "labelled")]
-    assert not [note for note in made.notes if "by an earlier run" in note]
-    assert replace(made.again, seconds=0.0) == replace(made.report, seconds=0.0)
+    assert not [note for note in demonstrated.notes if "by an earlier run" in note]
+    assert replace(demonstrated.again, seconds=0.0) == replace(demonstrated.report, seconds=0.0)
 
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_the_event_file_holds_every_epoch_up_to_the_last(made: Made):
-    (file,) = Path(made.report.home, "run", "tensorboard").iterdir()
+def test_the_event_file_holds_every_epoch_up_to_the_last(demonstrated: Demonstrated):
+    from tensorboardX.proto.event_pb2 import Event  # takes long to import
+
+    (file,) = Path(demonstrated.report.home, "run", "tensorboard").iterdir()
     content, at, steps = file.read_bytes(), 0, Counter[int]()
     while at < len(content):
         (size,) = struct.unpack("<Q", content[at : at + 8])
@@ -158,24 +110,24 @@ def parsed(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> dict[str, Any]:
 @pytest.mark.ray
 @pytest.mark.s3
 def test_the_three_commands_that_it_ends_with_are_valid_and_their_inputs_exist(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    demonstrated: Demonstrated, monkeypatch: pytest.MonkeyPatch
 ):
-    commands = [shlex.split(command["type"]) for command in made.report.next]
+    commands = [shlex.split(command["type"]) for command in demonstrated.report.next]
     assert [words[:2] for words in commands] == [["raycnn", verb] for verb in ("label", "serve", "train")]
     settings = [parsed(monkeypatch, words[1:]) for words in commands]
     inputs = [settings[0]["data"], settings[0]["bundle"], *settings[1]["bundle"], settings[2]["data"]]
     assert all(Path(path).is_dir() for path in inputs)
     assert not Path(settings[0]["out"]).exists()
     assert not Path(settings[2]["run"]).exists()
-    photo = made.report.next[1]["to"].partition("@")[2].split()[0]
+    photo = demonstrated.report.next[1]["to"].partition("@")[2].split()[0]
     assert Path(photo).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_labels_that_differ_from_the_evaluation_are_an_error(made: Made):
-    for wrong in ({"correct": made.report.correct - 1}, {"lost": 1}, {"duplicate": 2}):
-        error = replace(made.report, **wrong).error
+def test_labels_that_differ_from_the_evaluation_are_an_error(demonstrated: Demonstrated):
+    for wrong in ({"correct": demonstrated.report.correct - 1}, {"lost": 1}, {"duplicate": 2}):
+        error = replace(demonstrated.report, **wrong).error
         assert isinstance(error, DataError)
         assert error.exit_code == 3
 
@@ -195,7 +147,7 @@ def started(folder: Path, temporary: Path) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
     return subprocess.Popen(
         [RAYCNN, "demo", "--dir", str(folder)],
-        env=environment | {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=environment | LEAN_RAY | {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

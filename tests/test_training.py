@@ -2,13 +2,13 @@
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import Demonstrated
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -53,42 +53,45 @@ def config_of(packed: str, run: Path | str, **more) -> TrainConfig:
     return make(TrainConfig, {"data": packed, "run": str(run), "batch_size": 32, "epochs": 3} | more)
 
 
-def train_rows(packed: str) -> int:
-    manifest = json.loads(Path(packed, "manifest.json").read_text())
-    return sum(manifest["splits"]["train"]["status"].values())
-
-
 @pytest.mark.s3
-def test_a_run_on_s3_learns_leaves_a_bundle_and_is_not_done_twice(packed, s3_url, tmp_path):
-    report = train(config_of(packed, f"{s3_url}/run"))
+def test_a_run_on_s3_has_learned_left_a_bundle_and_is_not_done_twice(demonstrated):
+    packed, store = open_store(f"{demonstrated.store}/packed"), open_store(f"{demonstrated.store}/run")
+    config = config_of_demo(demonstrated)
+    report = train(config)
+    assert demonstrated.objects.items() >= {f"stripes/run/{e.path}": e.etag for e in store.list()}.items()
+    train_split = json.loads(packed.get("manifest.json"))["splits"]["train"]["status"]
     assert report.accuracy_top1 > 0.95
-    assert report.epochs == 3
-    assert report.steps == 3 * -(-train_rows(packed) // 32)
-    bundle = bundles.load(report.bundle)
-    assert bundle.class_names == ("left", "right")
-    store = open_store(f"{s3_url}/run")
+    assert report.resumed_at_epoch == report.epochs == config.epochs
+    assert report.steps == config.epochs * -(-sum(train_split.values()) // config.batch_size)
+    assert bundles.load(report.bundle).class_names == ("bottom", "middle", 'top, "high"')
     names = [e.path for e in store.list()]
     assert any(n.startswith("tensorboard/events") for n in names)
     assert {"config.yaml", "metrics.jsonl", "bundle/validation.json"} <= set(names)
     lines = [json.loads(line) for line in store.get("metrics.jsonl").decode().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2]
-    skipped = json.loads(Path(packed, "manifest.json").read_text())["splits"]["train"]["status"]
-    assert sum(lines[0]["skipped"].values()) == sum(n for word, n in skipped.items() if word != "ok")
-    before = {e.path: e.etag for e in store.list()}
-    assert train(config_of(packed, f"{s3_url}/run")).resumed_at_epoch == 3
-    assert {e.path: e.etag for e in store.list()} == before
+    assert [line["epoch"] for line in lines] == list(range(config.epochs))
+    assert sum(lines[0]["skipped"].values()) == sum(n for word, n in train_split.items() if word != "ok") == 1
+    assert make(TrainConfig, yaml.safe_load(store.get("config.yaml"))) == config
+
+
+@pytest.mark.s3
+def test_a_run_goes_on_with_the_settings_and_the_data_that_it_began_with(demonstrated, tmp_path):
     with pytest.raises(ConfigError, match=r"other settings: learning_rate \(was 0\.002, now 0\.1\)"):
-        train(config_of(packed, f"{s3_url}/run", learning_rate=0.1))
-    recipe = make(TrainConfig, yaml.safe_load(store.get("config.yaml")))
-    assert recipe == config_of(packed, f"{s3_url}/run")
-    shutil.copytree(packed, tmp_path / "moved")
-    assert train(config_of(str(tmp_path / "moved"), f"{s3_url}/run")).resumed_at_epoch == 3
+        train(config_of_demo(demonstrated, learning_rate=0.1))
     with pytest.raises(ConfigError, match=r"3 workers cannot go on with this run.*: use --num-workers 1, 2, 4, 8"):
-        train(config_of(packed, f"{s3_url}/run", num_workers=3))
-    manifest = tmp_path / "moved" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"right"', '"rightly"'))
+        train(config_of_demo(demonstrated, num_workers=3))
+    packed, moved = open_store(f"{demonstrated.store}/packed"), open_store(str(tmp_path / "moved"))
+    for entry in packed.list():
+        moved.put(entry.path, packed.get(entry.path))
+    assert train(config_of_demo(demonstrated, data=moved.url)).resumed_at_epoch > 0
+    moved.put("manifest.json", packed.get("manifest.json").replace(b'"middle"', b'"medium"'))
     with pytest.raises(ConfigError, match="holds a run on other data than"):
-        train(config_of(str(tmp_path / "moved"), f"{s3_url}/run"))
+        train(config_of_demo(demonstrated, data=moved.url))
+
+
+def config_of_demo(demonstrated: Demonstrated, **more) -> TrainConfig:
+    """What the demo has trained with."""
+    run = {"data": f"{demonstrated.store}/packed", "run": f"{demonstrated.store}/run"}
+    return make(TrainConfig, run | more)
 
 
 def test_a_torn_checkpoint_is_not_used(tmp_path):
