@@ -65,7 +65,9 @@ _ERRORS = (
     ImageCms.PyCMSError,
 )
 
-_MAX_SCANS = 500  # in one JPEG: encoders make about ten, and each costs a pass over all pixels
+# In one JPEG: encoders make about ten, and cjpeg takes scripts of up to a hundred. Each costs a pass over all pixels,
+# and may be 14 bytes long: a hundred over the most pixels that are allowed take seconds, a thousand a minute.
+_MAX_SCANS = 100
 
 
 class Header(NamedTuple):
@@ -141,7 +143,9 @@ def _too_large(height: int, width: int, limits: Limits) -> Bad | None:
 def _open_jpeg(encoded: bytes, limits: Limits) -> File | Bad:
     plain = structure.jpeg_header(encoded)
     if (plain is None or plain.many_scans) and encoded.count(b"\xff\xda") > _MAX_SCANS:
-        return Bad(Status.UNDECODABLE, f"JPEG: more than {_MAX_SCANS} scans")
+        scans = structure.jpeg_scans(encoded)
+        if scans > _MAX_SCANS:
+            return Bad(Status.TOO_LARGE, f"JPEG: {scans} scans, the limit is {_MAX_SCANS}")
     if plain is None or plain.components not in (1, 3):
         return _open_with_pillow(encoded, "JPEG", limits)
     stored = plain.height, plain.width, plain.components

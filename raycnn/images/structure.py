@@ -1,5 +1,6 @@
 """What image files say about themselves, read from their bytes alone: no decoder, and nothing raised."""
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def jpeg_header(encoded: bytes) -> JpegHeader | None:
             if marker in _FRAMES and frame is None:
                 frame = _FRAME.unpack_from(encoded, body)
                 progressive = marker == 0xFFC2
-            elif marker == 0xFFE1:
+            elif marker == 0xFFE1 and encoded.startswith(b"Exif\0\0", body):  # others are XMP
                 exif = exif or encoded[body:at]
             elif marker == 0xFFDA and frame:
                 _, height, width, components = frame
@@ -69,6 +70,20 @@ def jpeg_header(encoded: bytes) -> JpegHeader | None:
         return None
 
 
+def jpeg_scans(encoded: bytes) -> int:
+    """The scans that a decoder finds in a JPEG: what looks like one in a segment or behind the end is none."""
+    scans, at = 0, 2
+    while found := _MARKER.search(encoded, at):
+        marker, at = found[1][0], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        if marker >= 0xC0:
+            at += int.from_bytes(encoded[at : at + 2], "big")
+    return scans
+
+
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")  # not stuffed, and not one that stands alone within a scan
 _SEGMENT = struct.Struct(">HH")  # marker, length
 _FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 _FRAMES = frozenset((0xFFC0, 0xFFC1, 0xFFC2))
