@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raycnn import images
-from raycnn.bundle import REDUCED_TOLERANCE, Bundle
+from raycnn.bundle import REDUCED_TOLERANCE, Bundle, Session
 from raycnn.errors import Bad, BundleError
 from raycnn.metrics import top_classes
 
@@ -25,7 +25,7 @@ class Predictions:
     probabilities: npt.NDArray[np.float32]
     """(N, k), calibrated with the bundle's temperature."""
     embeddings: npt.NDArray[np.float16] | None = None
-    """(N, D), what the layer that casts the votes is given, where it was asked for."""
+    """(N, D), what the layer that casts the votes is given, where it was asked for; always finite."""
 
 
 def precision_on(device: str) -> str:
@@ -40,25 +40,18 @@ class Predictor:
     """A bundle, ready to predict on one device. Not for use by two threads at once."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", top_k: int = 5) -> None:
-        """Move a copy of the bundle's classifier to the device and repeat the self-test there.
+        """Choose the fastest backend of the device that passes the bundle's self-test there.
 
-        `top_k` is the number of classes that a prediction lists: all of them if there are fewer.
+        On CPUs that is ONNX Runtime with torch's number of threads, else torch; on CUDA torch in float16, else in
+        float32. `backend` says which, and why it is not the faster one. `top_k` is the number of classes that a
+        prediction lists: all of them if there are fewer.
 
         Raises:
             BundleError: this device computes other logits.
         """
         self.bundle, self.top_k = bundle, min(top_k, len(bundle.class_names))
-        self.precision = precision_on(device)
-        self.backend = f"torch {torch.__version__} {device}"
-        self._device = torch.device(device)
-        on_cpu = self._device.type == "cpu"
-        classifier = bundle.classifier if on_cpu else copy.deepcopy(bundle.classifier)
-        self._classifier = classifier.to(self._device).to(memory_format=torch.channels_last).eval()
-        if not on_cpu:
-            # Accelerators convolve float32 in reduced precision (TF32) by default.
-            moved = bundle.selftest.difference(self.logits(bundle.selftest.pixels), REDUCED_TOLERANCE)
-            if moved:
-                raise BundleError(f"{bundle.url}: the self-test failed on {device}: {moved}")
+        self._backend = _on_cpu(bundle) if torch.device(device).type == "cpu" else _on_accelerator(bundle, device)
+        self.backend = self._backend.name
 
     def prepare(self, encoded: bytes | None) -> images.Pixels | Bad:
         """The model's pixels (H, W, C) for an encoded image, or why there are none."""
@@ -83,10 +76,10 @@ class Predictor:
         logits, embeddings = self._run(batch, with_embeddings)
         labels = top_classes(logits, self.top_k)
         probabilities = torch.softmax(logits / self.bundle.temperature, dim=1).gather(1, labels)
-        half = None if embeddings is None else embeddings.to(torch.float16).numpy()
+        largest = torch.finfo(torch.float16).max
+        half = None if embeddings is None else embeddings.clamp(-largest, largest).to(torch.float16).numpy()
         return Predictions(labels.numpy(), probabilities.numpy(), half)
 
-    @torch.inference_mode()
     def _run(self, batch: images.Pixels, with_embeddings: bool) -> tuple[Tensor, Tensor | None]:
         spec = self.bundle.spec
         shape = (spec.height, spec.width, spec.channels)
@@ -97,9 +90,50 @@ class Predictor:
         if not len(batch):
             none = torch.zeros((0, self.bundle.classifier.embedding_size)) if with_embeddings else None
             return torch.zeros((0, len(self.bundle.class_names))), none
+        return self._backend(batch, with_embeddings)
+
+
+class _Torch:
+    """A bundle's classifier on a device, in channels_last; called like a `Session`."""
+
+    def __init__(self, bundle: Bundle, device: str, dtype: torch.dtype = torch.float32) -> None:
+        on_cpu = torch.device(device).type == "cpu"
+        classifier = bundle.classifier if on_cpu else copy.deepcopy(bundle.classifier)
+        self._classifier = classifier.to(device, dtype).to(memory_format=torch.channels_last)  # pyright: ignore
+        self._device = device
+        self.name = f"torch {torch.__version__} {device}" + (f" {FLOAT16}" if dtype == torch.float16 else "")
+
+    @torch.inference_mode()
+    def __call__(self, pixels: images.Pixels, with_embeddings: bool = False) -> tuple[Tensor, Tensor | None]:
         # torch warns about arrays that it could not write to, which is what Ray's object store hands out.
-        pixels = torch.from_numpy(np.require(batch, requirements=["C", "W"])).to(self._device)
+        batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self._device)
         if not with_embeddings:
-            return self._classifier(pixels).float().cpu(), None
-        logits, embeddings = self._classifier.votes_and_embeddings(pixels)
-        return logits.float().cpu(), embeddings.cpu()
+            return self._classifier(batch).float().cpu(), None
+        logits, embeddings = self._classifier.votes_and_embeddings(batch)
+        return logits.float().cpu(), embeddings.float().cpu()
+
+
+def _on_cpu(bundle: Bundle) -> Session | _Torch:
+    """ONNX Runtime if it can; the bundle's own self-test was in torch on the CPU."""
+    if bundle.graph is None:
+        return _Torch(bundle, "cpu")
+    try:
+        session = Session(bundle.graph, bundle.weights_sha256, torch.get_num_threads())
+        session.check(bundle.selftest)
+    except BundleError as error:
+        backend = _Torch(bundle, "cpu")
+        backend.name += f" ({error})"
+        return backend
+    return session
+
+
+def _on_accelerator(bundle: Bundle, device: str) -> _Torch:
+    """Half precision where labels are held to that; accelerators convolve float32 in about as few digits (TF32)."""
+    dtypes = (torch.float16, torch.float32) if precision_on(device) == FLOAT16 else (torch.float32,)
+    moved = None
+    for dtype in dtypes:
+        backend = _Torch(bundle, device, dtype)
+        moved = bundle.selftest.difference(backend(bundle.selftest.pixels)[0], REDUCED_TOLERANCE)
+        if not moved:
+            return backend
+    raise BundleError(f"{bundle.url}: the self-test failed on {device}: {moved}")

@@ -183,7 +183,7 @@ def test_a_bundle_of_a_newer_format_asks_for_an_upgrade(folder):
 
 
 def test_there_is_no_pickle_in_a_bundle_and_others_find_their_keys(folder):
-    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors", ".md", ".png"}
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors", ".md", ".png", ".onnx"}
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "classic"
     assert config["num_classes"] == 3

@@ -2,6 +2,7 @@
 
     config.json         architecture, class names, image spec, temperature, checksums; written last
     model.safetensors   the architecture's own key names
+    model.onnx          the same as a graph for ONNX Runtime, where the architecture can become one
     validation.json     class counts, confidence histogram, accuracy against coverage
     selftest/           encoded images, the digest of their pixels and their logits
     README.md           model card
@@ -10,8 +11,9 @@ config.json has the keys that timm and the Hugging Face Hub look for, beside ray
 """
 
 from raycnn.bundle.folder import CONFIG, Bundle, check_classes, load, save
+from raycnn.bundle.graph import Session
 from raycnn.bundle.importing import ImportReport, import_model
 from raycnn.bundle.selftest import REDUCED_TOLERANCE, TOLERANCE, SelfTest
 
-__all__ = ["CONFIG", "REDUCED_TOLERANCE", "TOLERANCE", "Bundle", "ImportReport", "SelfTest", "check_classes"]
-__all__ += ["import_model", "load", "save"]
+__all__ = ["CONFIG", "REDUCED_TOLERANCE", "TOLERANCE", "Bundle", "ImportReport", "SelfTest", "Session"]
+__all__ += ["check_classes", "import_model", "load", "save"]

@@ -14,6 +14,7 @@ from torch import Tensor
 import raycnn
 from raycnn import images, models
 from raycnn.bundle.card import architecture_keys, model_card
+from raycnn.bundle.graph import GRAPH, graph_files
 from raycnn.bundle.selftest import EXPECTED, SelfTest, run_selftest, selftest_files
 from raycnn.config import ImageSpec, explain
 from raycnn.errors import BundleError, ObjectMissing
@@ -43,6 +44,8 @@ class Bundle:
     config: dict[str, Any]
     validation: dict[str, Any]
     selftest: SelfTest
+    graph: bytes | None
+    """The content of model.onnx, where there is one."""
 
 
 class _Config(BaseModel):
@@ -74,7 +77,8 @@ def save(
     """Write a bundle to a folder or s3:// prefix, replacing one that is there, and load it back.
 
     The same arguments give the same bytes. Whoever reads while this writes, or after it was cut short, gets a
-    BundleError and never a mixture.
+    BundleError and never a mixture. Warns where the architecture cannot become an ONNX graph; the bundle is good
+    without.
 
     Args:
         url: Where the bundle goes.
@@ -95,7 +99,12 @@ def save(
     names = tuple(class_names)
     check_names(names, classifier.num_classes)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in classifier.net.state_dict().items()}
-    files = {WEIGHTS: _dump_weights(tensors)} | selftest_files(classifier, tensors, samples)
+    # A copy, so that the caller's may be on any device and in any mode.
+    twin = models.blank(classifier.name, classifier.num_classes, classifier.spec)
+    models.fill(twin, tensors, classifier.name)
+    expected, selftest = selftest_files(twin.eval().requires_grad_(False), samples)
+    files = {WEIGHTS: _dump_weights(tensors)} | expected
+    files |= graph_files(twin, selftest, hashlib.sha256(files[WEIGHTS]).hexdigest())
     files[VALIDATION] = _dump(dict(validation))
     config = architecture_keys(classifier, names) | {
         "format": FORMAT,
@@ -160,6 +169,7 @@ def load(url: str) -> Bundle:
         config=config,
         validation=json.loads(files[VALIDATION]),
         selftest=selftest,
+        graph=files.get(GRAPH),
     )
 
 
@@ -188,7 +198,7 @@ def check_names(names: tuple[str, ...], num_classes: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "numpy", "safetensors")
+    packages = ("torch", "torchvision", "numpy", "safetensors", "onnxruntime")
     return {
         "raycnn": raycnn.__version__,
         "python": platform.python_version(),

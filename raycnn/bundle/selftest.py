@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from raycnn import images, models
+from raycnn import images
 from raycnn.errors import Bad, BundleError, one_line
 from raycnn.models import Classifier
 
@@ -69,18 +69,20 @@ def _logits(classifier: Classifier, pixels: images.Pixels) -> Tensor:
         return classifier(torch.from_numpy(pixels)).float()
 
 
-def selftest_files(classifier: Classifier, tensors: Mapping[str, Tensor], samples: Sequence[bytes]) -> dict[str, bytes]:
-    """The self-test of a classifier: its images under their names, and what to expect of them."""
+def selftest_files(classifier: Classifier, samples: Sequence[bytes]) -> tuple[dict[str, bytes], SelfTest]:
+    """The self-test of a classifier (on the CPU, in evaluation mode): its files under their names, and what it is.
+
+    Raises:
+        BundleError: logits are not finite.
+    """
     made = [(sample, images.pixels(sample, classifier.spec)) for sample in samples]
     good = [(sample, p) for sample, p in made if not isinstance(p, Bad)]
     if not good:
         drawn = ((image, images.pixels(image, classifier.spec)) for image in _drawn_images())
         good = [(image, p) for image, p in drawn if not isinstance(p, Bad)]
     good = good[:SELFTEST_IMAGES]
-    # On a copy, so that the caller's may be on any device and in any mode.
-    twin = models.blank(classifier.name, classifier.num_classes, classifier.spec)
-    models.fill(twin, tensors, classifier.name)
-    logits = _logits(twin.eval(), np.stack([p for _, p in good]))
+    stacked = np.stack([p for _, p in good])
+    logits = _logits(classifier, stacked)
     if not bool(torch.isfinite(logits).all()):
         raise BundleError(f"{classifier.name}: its logits are not finite, so it is of no use; nothing was saved")
     files: dict[str, bytes] = {}
@@ -92,7 +94,8 @@ def selftest_files(classifier: Classifier, tensors: Mapping[str, Tensor], sample
         files[path] = encoded
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         expected.append({"file": path, "pixels_sha256": digest, "logits": row.tolist()})
-    return files | {EXPECTED: (json.dumps(expected, indent=1, allow_nan=False) + "\n").encode()}
+    files[EXPECTED] = (json.dumps(expected, indent=1, allow_nan=False) + "\n").encode()
+    return files, SelfTest(stacked, logits)
 
 
 def run_selftest(url: str, files: Mapping[str, bytes], classifier: Classifier, decoder: str | None) -> SelfTest:
