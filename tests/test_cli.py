@@ -460,60 +460,6 @@ def test_a_signal_waits_until_ray_is_up(number: signal.Signals):
             signal.signal(n, handler)
 
 
-IN_RAY = """
-import sys
-import ray
-from raycnn import cli, config
-from raycnn.errors import BundleError, DataError, StorageError
-
-def fail(row):
-    raise DataError("row 7 has no pixels")
-
-class Actor:
-    def __init__(self):
-        raise BundleError("bundle b was altered")
-    def work(self):
-        pass
-
-def task():
-    raise StorageError("access denied to s3://b")
-
-def bug(row):
-    try:
-        fail(row)
-    except DataError:
-        return row["no such column"]
-
-def run(settings):
-    if settings.out.endswith("/task"):
-        ray.get(ray.remote(task).remote())
-    if settings.out.endswith("/constructor"):
-        ray.get(ray.remote(Actor).remote().work.remote())
-    if settings.out.endswith("/data"):
-        ray.data.range(2).map(fail).materialize()
-    if settings.out.endswith("/bug"):
-        ray.data.range(2).map(bug).materialize()
-
-config.VERBS["verify"] = config.Verb(config.VerifyConfig, "__main__", "run")
-ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-for where in sys.argv[1:]:
-    try:
-        print("code", cli.run(["verify", where]), flush=True)
-    except Exception as error:
-        print("raised", type(error).__name__, flush=True)
-"""
-
-
-@pytest.mark.ray
-def test_an_error_in_a_ray_worker_is_told_like_one_here():
-    done = python(IN_RAY, "task", "constructor", "data", "bug", RAY_AUTH_MODE="disabled")
-    codes = [line for line in done.stdout.splitlines() if line.startswith(("code", "raised"))]
-    assert codes[:3] == ["code 5", "code 4", "code 3"], done.stderr
-    assert codes[3].startswith("raised RayTaskError")
-    told = [line.removeprefix("raycnn: ") for line in done.stderr.splitlines() if line.startswith("raycnn: ")]
-    assert told == ["access denied to s3://b", "bundle b was altered", "row 7 has no pixels"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["pack", "train", "evaluate", "label"])
 def test_a_job_script_is_the_verb_in_thirty_lines(verb: str):

@@ -82,7 +82,7 @@ def several(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory) -> dict[tuple[int, int], dict[str, Tensor]]:
     """What every rank of every number of processes got."""
     folder = tmp_path_factory.mktemp("ranks")
-    set_forkserver_preload(["torch", "raycnn.loop", "raycnn.models"])  # imported once, not by each of them
+    set_forkserver_preload(["torch._dynamo", "raycnn.loop", "raycnn.models"])  # imported once, not by each of them
     start_processes(several, args=(folder,), nprocs=3, start_method="forkserver")
     return {(w, r): torch.load(folder / f"{w}-{r}.pt", weights_only=True) for w in SHARES for r in range(w)}
 
