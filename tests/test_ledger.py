@@ -34,11 +34,11 @@ def make_plan(ledger: Ledger, units: list[list[Slice]], generation: int = 0) -> 
     return ledger.plan(generation, units, selection, FINGERPRINT, Counter(hidden=2))
 
 
-def part(ledger: Ledger, ref: UnitRef, keys: list[str] | None = None) -> bytes:
+def part(ledger: Ledger, ref: UnitRef, keys: list[str] | None = None, made_by: str = "") -> bytes:
     keys = [s.key for s in ledger.slices(ref)] if keys is None else keys
     table = pa.table({"key": keys, "status": ["ok"] * len(keys)})
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({"unit": str(ref.unit), "plan": ref.plan}), sink)
+    pq.write_table(table.replace_schema_metadata({"unit": str(ref.unit), "plan": ref.plan, "by": made_by}), sink)
     return sink.getvalue()
 
 
