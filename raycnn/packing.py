@@ -32,6 +32,7 @@ from raycnn.shards import (
     VERSION,
     WORK,
     Collection,
+    GivenLabels,
     PackedRow,
     Sample,
     Slice,
@@ -39,6 +40,7 @@ from raycnn.shards import (
     is_manifest,
     key_hash,
     open_collection,
+    read_labels,
     summarise,
     write_shard,
 )
@@ -71,6 +73,8 @@ class PackReport:
     duplicates: dict[str, int]
     manifest: str
     shards_written: int
+    labels: int
+    """Images whose label comes from --labels."""
 
 
 class Output(NamedTuple):
@@ -86,7 +90,7 @@ def pack(config: PackConfig, progress: data.Progress | None = None) -> PackRepor
 
     Raises:
         ConfigError: the output lies inside the input, or belongs to another source or other settings.
-        DataError: the source cannot be read.
+        DataError: the source cannot be read, or lacks a key of `labels`.
     """
     say = progress or (lambda event: None)
     if contains(config.src, config.dst) or contains(config.dst, config.src):
@@ -113,22 +117,44 @@ def _plan(config: PackConfig, ledger: Ledger, say: data.Progress) -> Plan:
     """The plan that exists, or a new one from a listing of the source."""
     selection = {"data": open_store(config.src).url, "exclude": list(config.exclude)}
     settings: dict[str, Any] = config.model_dump(mode="json", include={"val", "test", "seed", "shard_mib"})
-    settings["version"] = VERSION
+    labels = read_labels(config.labels) if config.labels else GivenLabels({})
+    settings |= {"version": VERSION, "labels": labels.digest if config.labels else None}
     if plans := ledger.plans():
         ledger.check(plans[0], selection, settings)
         return plans[0]
     collection = open_collection(config.src)
     say({"kind": "note", "text": f"{config.src}: {collection.layout}, because {collection.reason}"})
+    about = _about(collection, labels, say)
     skipped: Counter[str] = Counter()
     with scratch_folder() as scratch:
         planned = _Planner(config, collection, scratch)
-        about: dict[str, Any] = {"class_names": list(collection.class_names), "layout": collection.layout}
-        tasks = planned.tasks(collection.slices(skipped, config.exclude))
+        tasks = planned.tasks(labels.found_in(collection, collection.slices(skipped, config.exclude)))
         first = next(tasks, None)
         if first is None:  # said before there is a plan, which the next command would have to follow
             raise DataError(f"{config.src}: no images to pack; left out: {dict(skipped) or 'none'}")
         tasks = itertools.chain([first], tasks)
+        if config.labels:
+            ledger.store.create(_labels_path(labels.digest), labels.dump())
         return ledger.plan(0, tasks, selection, settings, skipped, about | {"outputs": planned.outputs})
+
+
+def _about(collection: Collection, labels: GivenLabels, say: data.Progress) -> dict[str, Any]:
+    """What the plan says of the source and its classes."""
+    known = collection.class_names
+    if known and (new := Counter(name for name in labels.by_key.values() if name not in known)):
+        told = ", ".join(f"{name} ({count:,})" for name, count in sorted(new.items()))
+        say({"kind": "note", "text": f"--labels adds classes that the source does not have: {told}"})
+    return {
+        "class_names": list(labels.class_names(known)),
+        "source_class_names": list(known),
+        "labels": len(labels.by_key),
+        "layout": collection.layout,
+    }
+
+
+def _labels_path(digest: str) -> str:
+    """Where the workers find what --labels has given: the file itself may be on the driver's machine only."""
+    return f"labels-{digest[:32]}.json"
 
 
 class _Planner:
@@ -273,6 +299,8 @@ def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[
         "config": config.model_dump(mode="json"),
         "totals": dict(totals),
         "class_names": plan.content["class_names"],
+        "source_class_names": plan.content.get("source_class_names", plan.content["class_names"]),
+        "labels": plan.content["fingerprint"].get("labels"),
     }
     done, shards = plan.rows - sum(r.rows for r in pending), 0
     bad: Counter[str] = Counter()
@@ -287,21 +315,34 @@ def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[
 class Packer:
     """Lives in one Ray worker: writes and commits the shards of one task after another."""
 
-    def __init__(self, config: dict[str, Any], totals: dict[str, int], class_names: list[str]) -> None:
-        """Open the source and the output."""
+    def __init__(
+        self,
+        config: dict[str, Any],
+        totals: dict[str, int],
+        class_names: list[str],
+        source_class_names: list[str],
+        labels: str | None,
+    ) -> None:
+        """Open the source and the output; `labels` is the digest of what --labels has given."""
         self._config, self._totals, self._class_names = make(PackConfig, config), totals, class_names
+        self._source_class_names = source_class_names
         self._store = open_store(self._config.dst)
         self._ledger = Ledger(self._store.child(WORK), "parts", ".json")
-        self._collection = open_collection(self._config.src, tuple(class_names))
+        self._collection = open_collection(self._config.src, tuple(source_class_names))
+        self._labels = GivenLabels.load(self._ledger.store.get(_labels_path(labels))) if labels else GivenLabels({})
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Write and commit one task's shards."""
+    def __call__(self, items: list[dict[str, Any]], is_again: bool) -> Iterator[dict[str, Any]]:
+        """Write and commit the shards of each task."""
+        return map(self._task, items)
+
+    def _task(self, item: dict[str, Any]) -> dict[str, Any]:
         ref, outputs = UnitRef(**item["ref"]), [Output(*o) for o in item["outputs"]]
         if self._ledger.is_committed(ref):  # by somebody whose shards are not to be written over
             return {"rows": ref.rows, "shards": 0, "bad": {}}
         self._seen = _Seen()
         slices = self._ledger.slices(ref)
-        samples = self._collection.read(slices)
+        read = self._collection.read(slices)
+        samples = self._labels.applied(read, self._source_class_names, self._class_names)
         with scratch_folder() as scratch:
             if self._collection.random_access:
                 parts = [(outputs[0].split, outputs[0].first, samples)]
@@ -442,6 +483,7 @@ def _finish(config: PackConfig, store: Store, ledger: Ledger, plan: Plan) -> Non
         "splits": summarise(shards),
         "images": _merge_images([r["images"] for r in records]),
         "duplicates": duplicates,
+        "labels": plan.content.get("labels", 0),
         "skipped": plan.content["skipped"],
         "source": plan.content["selection"]["data"],
         "layout": plan.content["layout"],
@@ -511,4 +553,5 @@ def _report(store: Store, written: int) -> PackReport:
         duplicates=manifest["duplicates"],
         manifest=store.address(MANIFEST),
         shards_written=written,
+        labels=manifest.get("labels", 0),
     )

@@ -1,5 +1,6 @@
 """Packing: nothing is dropped, nothing is redone, and other tools read the result."""
 
+import csv
 import io
 import itertools
 import json
@@ -18,8 +19,10 @@ import ray
 from PIL import Image
 
 import raycnn
-from raycnn.config import PackConfig, make
+from raycnn import bundle as bundles
+from raycnn.config import ImageSpec, PackConfig, make
 from raycnn.errors import ConfigError, DataError
+from raycnn.models import build
 from raycnn.packing import _Planner, split_for, split_shares
 from raycnn.shards import PackedCollection, Slice, open_collection
 from raycnn.shards.containers import TarCollection
@@ -232,3 +235,49 @@ def test_a_source_with_its_own_splits_keeps_them_and_validation_is_held_out_of_t
     assert {split_for(str(i), "train", ("train", "test"), config) for i in range(50)} == {"train", "val"}
     assert split_for("x", "train", ("train", "val"), config) == "train"
     assert split_shares("train", ("train", "test"), config) == {"train": 0.5, "val": 0.5}
+
+
+def test_labels_that_came_back_from_a_person_are_those_of_the_next_data_set(tmp_path):
+    """label -> review -> a person -> pack --labels."""
+    source = fill(str(tmp_path / "raw"), {f"{i:02d}.png": png(i * 5) for i in range(30)})
+    spec = ImageSpec(height=8, width=8, channels=1, crop=1.0, mean=(0.5,), std=(0.25,))
+    samples = [png(1)]
+    about = {"temperature": 1.0, "metrics": {}, "validation": {}, "data_fingerprint": None}
+    bundles.save(str(tmp_path / "bundle"), build("classic", 2, spec).eval(), ("cat", "dog"), samples=samples, **about)
+    raycnn.label(source, str(tmp_path / "labels"), bundle=str(tmp_path / "bundle"))
+    raycnn.review(str(tmp_path / "labels"), str(tmp_path / "review"), count=12)
+    with (tmp_path / "review" / "review.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for i, line in enumerate(lines[:9]):
+        line["corrected"] = ("cat", "dog", "axolotl")[i % 3]
+    with (tmp_path / "corrected.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    packed = str(tmp_path / "packed")
+    report = raycnn.pack(source, packed, labels=str(tmp_path / "corrected.csv"))
+    assert (report.rows, report.labels, report.classes) == (30, 9, 3)
+    names = open_collection(packed).class_names
+    assert names == ("axolotl", "cat", "dog")
+    said = {r["key"]: None if r["label"] is None else names[r["label"]] for r in rows_of(packed)}
+    assert said == dict.fromkeys(said) | {line["key"]: line["corrected"] for line in lines[:9]}
+
+
+def test_labels_override_those_of_a_packed_source_and_belong_to_what_is_resumed(tmp_path):
+    source = fill(str(tmp_path / "raw"), images(30))
+    raycnn.pack(source, str(tmp_path / "first"))
+    (tmp_path / "labels.csv").write_text("key,label\nclass1/0001.png,class0\nclass2/0002.png,class10\n")
+    second, labels = str(tmp_path / "second"), str(tmp_path / "labels.csv")
+    report = raycnn.pack(str(tmp_path / "first"), second, labels=labels)
+    assert (report.labels, report.classes) == (2, 4)
+    names = open_collection(second).class_names
+    said = {r["key"]: names[r["label"]] for r in rows_of(second)}
+    expected = {key: key.split("/")[0] for key in images(30)}
+    assert said == expected | {"class1/0001.png": "class0", "class2/0002.png": "class10"}
+    assert raycnn.pack(str(tmp_path / "first"), second, labels=labels).shards_written == 0
+    with pytest.raises(ConfigError, match="begun with another fingerprint: labels"):
+        raycnn.pack(str(tmp_path / "first"), second)
+    (tmp_path / "labels.csv").write_text("key,label\nclass1/9999.png,class0\n")
+    with pytest.raises(DataError, match=r"no image with the key 'class1/9999.png', which --labels names"):
+        raycnn.pack(str(tmp_path / "first"), str(tmp_path / "third"), labels=labels)
+    assert not (tmp_path / "third").exists()

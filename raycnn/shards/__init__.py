@@ -14,6 +14,7 @@ from raycnn.shards.collection import (
     path_order,
     units,
 )
+from raycnn.shards.labels import GivenLabels, read_labels
 from raycnn.shards.layouts import open_collection, parse_class_names
 from raycnn.shards.packed import (
     FORMAT,
@@ -35,6 +36,7 @@ __all__ = [
     "VERSION",
     "WORK",
     "Collection",
+    "GivenLabels",
     "PackedCollection",
     "PackedRow",
     "Sample",
@@ -45,6 +47,7 @@ __all__ = [
     "open_collection",
     "parse_class_names",
     "path_order",
+    "read_labels",
     "summarise",
     "units",
     "write_shard",

@@ -13,6 +13,9 @@ from raycnn.storage import Entry, Store
 
 UNIT_ROWS = 2048
 UNIT_BYTES = 128 * MIB
+FIRST_ROWS = 256
+FIRST_BYTES = 16 * MIB
+SHARE = 16
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
@@ -91,6 +94,10 @@ class Collection(ABC):
         Raises:
             DataError: an object that holds many images is missing, was replaced, or cannot be parsed.
         """
+
+    def keys(self, piece: Slice) -> Iterator[str]:
+        """The keys of a slice, without its images."""
+        yield piece.key
 
     def split_of(self, piece: Slice) -> str | None:
         """The split that the layout itself names for the slice, or None where it names none."""
@@ -179,12 +186,19 @@ def too_large(size: int) -> Bad | None:
 
 
 def units(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
-    """Consecutive slices grouped into units of at most 2,048 rows and 128 MiB (one larger image is a unit)."""
+    """Consecutive slices grouped into units of at most 2,048 rows and 128 MiB (one larger image is a unit).
+
+    The first ones are smaller, and no one holds more than 1/16 of what came before it: the first labels are there
+    soon, and of a small collection each of a few workers gets several units.
+    """
     unit: list[Slice] = []
-    rows = size = 0
+    rows = size = all_rows = all_bytes = 0
     for piece in slices:
-        if unit and (rows + piece.rows > UNIT_ROWS or size + piece.bytes > UNIT_BYTES):
+        most_rows = min(UNIT_ROWS, max(FIRST_ROWS, all_rows // SHARE))
+        most_bytes = min(UNIT_BYTES, max(FIRST_BYTES, all_bytes // SHARE))
+        if unit and (rows + piece.rows > most_rows or size + piece.bytes > most_bytes):
             yield unit
+            all_rows, all_bytes = all_rows + rows, all_bytes + size
             unit, rows, size = [], 0, 0
         unit.append(piece)
         rows, size = rows + piece.rows, size + piece.bytes

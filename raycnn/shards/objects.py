@@ -42,6 +42,8 @@ PATH_COLUMNS = (
     "img",
 )
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category", "fine_label")
+TEXT_COLUMNS = (*PATH_COLUMNS, *LABEL_COLUMNS, "key", "corrected")
+"""Columns whose values are kept as they are written."""
 
 
 class ObjectCollection(Collection):
@@ -143,16 +145,21 @@ def _list_rows(store: Store, name: str) -> Iterator[tuple[str, str, str]]:
     column = path_column(table.schema)
     if column is None:
         raise DataError(f"{where}: no path column; name one of its columns {table.column_names} `path`")
-    paths = _strings(table, (column,), where)
-    labels = _strings(table, LABEL_COLUMNS, where)
-    splits = _strings(table, ("split",), where)
+    paths = text_column(table, (column,), where)
+    labels = text_column(table, LABEL_COLUMNS, where)
+    splits = text_column(table, ("split",), where)
     folder = name.rpartition("/")[0]
     for path, label, word in zip(paths, labels, splits, strict=True):
         split = word.strip()
         yield _below_root(store, folder, path, where), label, SPLIT_NAMES.get(split.lower(), split)
 
 
-def _strings(table: pa.Table, names: tuple[str, ...], where: str) -> list[str]:
+def text_column(table: pa.Table, names: Sequence[str], where: str) -> list[str]:
+    """The first of the columns that the table has, as text; empty where it says nothing, or there is none of them.
+
+    Raises:
+        DataError: it holds something else than texts and numbers.
+    """
     column = next((c for c in names if c in table.column_names), None)
     if column is None:
         return [""] * len(table)
@@ -209,12 +216,20 @@ def read_table(store: Store, name: str) -> pa.Table:
     Raises:
         DataError: it cannot be parsed as what its name says.
     """
-    source, where = io.BytesIO(store.get(name)), store.address(name)
+    return parse_list(store.get(name), name, store.address(name))
+
+
+def parse_list(data: bytes, name: str, where: str) -> pa.Table:
+    """The content of a list as an Arrow table.
+
+    Raises:
+        DataError: it cannot be parsed as what its name says.
+    """
     try:
-        table = _parse_table(source, name)
+        table = _parse_table(io.BytesIO(data), name)
     except pa.ArrowException as error:
         raise DataError(f"{where}: cannot be read as a list: {str(error).splitlines()[0]}") from None
-    for column in (*PATH_COLUMNS, *LABEL_COLUMNS, "split"):
+    for column in (*TEXT_COLUMNS, "split"):
         if table.column_names.count(column) > 1:
             raise DataError(f"{where}: two of its columns are named {column!r}; rename or remove one")
     return table
@@ -229,7 +244,5 @@ def _parse_table(source: io.BytesIO, name: str) -> pa.Table:
         source,
         parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if name.endswith(".tsv") else ","),
         # As they stand there: 007 is not 7.
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys((*PATH_COLUMNS, *LABEL_COLUMNS), pa.string())
-        ),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(TEXT_COLUMNS, pa.string())),
     )

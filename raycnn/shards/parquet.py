@@ -146,6 +146,15 @@ class ParquetCollection(Collection):
                     if found != rows:
                         raise DataError(f"{self.store.address(path)}: holds fewer rows than were planned")
 
+    def keys(self, piece: Slice) -> Iterator[str]:
+        with whole_object_errors(self.store.address(piece.path)):
+            file = parquet_file(self.store, piece.path, piece.etag)
+            if not _has_keys(file.schema_arrow):
+                yield from (f"{piece.path}#{piece.first + i}" for i in range(piece.rows))
+                return
+            for start, batch in _row_range(file, [_KEY], piece.first, piece.rows):
+                yield from _keys(batch, piece.path, start)
+
     def _columns(self, file: pq.ParquetFile) -> list[str]:
         """The columns that are read of each row."""
         key = _KEY if _has_keys(file.schema_arrow) else None
