@@ -74,20 +74,22 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 class Classifier(nn.Module):
     """An architecture with its input: uint8 pixels in, logits out."""
 
-    mean: Tensor
-    std: Tensor
+    _scale: Tensor
+    _shift: Tensor
 
     def __init__(self, name: str, net: nn.Module, spec: ImageSpec, num_classes: int) -> None:
         """Wrap `net`, which takes normalised (N, C, H, W) floats; its key names stay its own."""
         super().__init__()
         self.name, self.net, self.spec, self.num_classes = name, net, spec, num_classes
-        for key, values in (("mean", spec.mean), ("std", spec.std)):
-            self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        # (x / 255 - mean) / std as two operations: at 224 px the three cost a small CNN some 7% of its time.
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (spec.mean, spec.std))
+        for key, values in (("_scale", 1 / (255 * std)), ("_shift", mean / std)):
+            self.register_buffer(key, values.float().view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, num_classes) for uint8 pixels (N, H, W, C); float32 unless autocast says otherwise."""
-        x = pixels.permute(0, 3, 1, 2).to(self.mean.dtype, memory_format=torch.channels_last)
-        return self.net((x / 255 - self.mean) / self.std)
+        x = pixels.permute(0, 3, 1, 2).to(self._scale.dtype, memory_format=torch.channels_last)
+        return self.net(x * self._scale - self._shift)
 
     def votes_and_embeddings(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, num_classes) for uint8 pixels (N, H, W, C), and the embeddings (N, D) that decide them.
