@@ -19,6 +19,7 @@ from typing import Annotated, Any, Never, TextIO, cast
 
 import cyclopts
 from cyclopts import App, CycloptsError, Group, Parameter
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 import raycnn
@@ -165,6 +166,8 @@ def _parameters(schema: type[VerbConfig]) -> Iterator[inspect.Parameter]:
 def _parameter(field: str, info: FieldInfo, kind: Any) -> inspect.Parameter:
     """A required field is optional here: the file or the environment may hold it."""
     required, hint = info.is_required(), cast(Any, info.annotation)
+    if any(isinstance(rule, BeforeValidator) for rule in info.metadata):
+        hint |= str  # what else it may be written as is for the schema to read
     parameter = Parameter(
         name=_flag(field),
         help=" ".join((info.description or "").split()),

@@ -1,6 +1,7 @@
 """`raycnn evaluate`: how a bundle does on labelled images, every row exactly once on any number of workers."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,22 +113,27 @@ class Evaluator:
         # Class folders may come in another order, or be fewer, than the bundle's classes.
         self._labels = [self._bundle.class_names.index(n) for n in class_names]
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Counts of one unit."""
+    def __call__(self, items: list[dict[str, Any]], is_again: bool) -> Iterator[dict[str, Any]]:
+        """Counts of each unit."""
+        with data.Decoder(self._bundle.spec, is_again) as decoder:
+            for item in items:
+                yield self._count_unit(item, decoder)
+
+    def _count_unit(self, item: dict[str, Any], decoder: data.Decoder) -> dict[str, Any]:
         metrics, status = Metrics(len(self._bundle.class_names)), Counter[str]()
         slices = [Slice(*s) for s in item["slices"]]
         rows = unlabelled = 0
         pixels: list[np.ndarray] = []
         labels: list[int] = []
-        for sample in self._collection.read(slices):
-            rows += 1
-            made = sample.bad or self._predictor.prepare(sample.encoded)
-            status["ok" if not isinstance(made, Bad) else str(made.status)] += 1
-            unlabelled += sample.label is None
-            if not isinstance(made, Bad) and sample.label is not None:
-                pixels.append(made)
-                labels.append(self._labels[sample.label])
-            if len(pixels) == BATCH:
+        for group in data.read_ahead(data.groups(self._collection.read(slices))):
+            rows += len(group)
+            for sample, made in zip(group, decoder.decode(group), strict=True):
+                status["ok" if not isinstance(made, Bad) else str(made.status)] += 1
+                unlabelled += sample.label is None
+                if not isinstance(made, Bad) and sample.label is not None:
+                    pixels.append(made)
+                    labels.append(self._labels[sample.label])
+            if len(pixels) >= BATCH:
                 self._count(metrics, pixels, labels)
                 pixels, labels = [], []
         if pixels:

@@ -218,17 +218,47 @@ class Ledger:
         Raises:
             DataError: the part does not hold the rows that were planned, or does not fit one PUT.
         """
+        self._check(ref, self.path(ref), data, rows)
+        return self.store.create(self.path(ref), data)
+
+    def check_rows(self, ref: UnitRef, rows: int) -> None:
+        """Refuse a unit of which other rows were read than planned.
+
+        Raises:
+            DataError: saying so.
+        """
         if rows != ref.rows:
             raise DataError(
                 f"{self.slices(ref)[0].path} and what follows it: {rows:,} images were read, not the {ref.rows:,} that "
                 f"{self.store.address()} has planned; if the source has changed, use another output"
             )
+
+    def _check(self, ref: UnitRef, path: str, data: bytes, rows: int) -> None:
+        self.check_rows(ref, rows)
         if len(data) > MAX_PART_BYTES:
             raise DataError(
-                f"{self.store.address(self.path(ref))} would be {len(data) // MIB} MiB, more than "
+                f"{self.store.address(path)} would be {len(data) // MIB} MiB, more than "
                 f"{MAX_PART_BYTES // MIB}: its keys are very long, or it has many unreadable images"
             )
-        return self.store.create(self.path(ref), data)
+
+    def put_embeddings(self, ref: UnitRef, data: bytes, rows: int) -> None:
+        """Create what lies beside the unit's part, before it: a part that exists has its embeddings.
+
+        Raises:
+            DataError: the rows are not those that were planned, or do not fit one PUT.
+        """
+        path = self.embeddings_path(ref)
+        self._check(ref, path, data, rows)
+        self.store.create(path, data)
+
+    def embeddings_path(self, ref: UnitRef) -> str:
+        """Where the unit's embeddings lie, if the run makes them."""
+        return f"{EMBEDDING_PARTS}{self.path(ref).removeprefix(LABEL_PARTS)}"
+
+    def describe(self, ref: UnitRef, part: bytes) -> dict[str, Any]:
+        """What a success marker says of one part."""
+        digest = hashlib.sha256(part).hexdigest()
+        return {"path": self.path(ref), "bytes": len(part), "sha256": digest, "rows": ref.rows}
 
     def finish(self, plan: Plan, summary: dict[str, Any]) -> bool:
         """Write the generation's success marker. False: it was there already.
@@ -350,6 +380,7 @@ def _in_order(slices: Iterable[Slice]) -> Iterator[Slice]:
 
 
 LABEL_PARTS = "labels"
+EMBEDDING_PARTS = "embeddings"
 
 
 def label_ledger(store: Store, fingerprint: dict[str, Any]) -> Ledger:

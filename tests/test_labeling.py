@@ -164,15 +164,15 @@ def test_a_replaced_shard_stops_the_run_unless_its_loss_is_accepted(tmp_path, bu
 
 def _label_after(happens, data: str, out: str, bundle: str) -> None:
     """Label, with something that happens between planning and work."""
-    from raycnn import labeling
+    from raycnn.labeling import run as labeling
     from raycnn.config import LabelConfig, make
     from raycnn.shards import open_collection
 
     config = make(LabelConfig, {"data": data, "out": out, "bundle": bundle})
     run = labeling._LabelRun(config, bundles.load(bundle), open_collection(data), lambda event: None)
-    run._plan_next([])
+    run.plans()
     happens()
-    run.run()
+    run.run(0.0)
 
 
 def test_an_output_inside_its_input_is_refused(tmp_path, bundle):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raycnn.config import MIB
 from raycnn.errors import Bad, DataError, Status
 from raycnn.shards import (
     FORMAT,
@@ -30,7 +31,7 @@ from raycnn.shards import (
     units,
     write_shard,
 )
-from raycnn.shards.collection import UNIT_ROWS, natural_order
+from raycnn.shards.collection import FIRST_ROWS, UNIT_ROWS, natural_order
 from raycnn.shards.objects import _list_rows
 from raycnn.storage import Entry
 from raycnn.storage.local import LocalStore
@@ -261,9 +262,21 @@ def test_a_split_that_is_not_there_is_refused_by_name(tmp_path):
 
 
 def test_units_stay_within_their_rows_and_bytes():
-    slices = [Slice(str(i), str(i), 1, "", 0, 1, 0, 1, -1) for i in range(5000)]
+    slices = [Slice(str(i), str(i), 1, "", 0, 1, 0, 1, -1) for i in range(100_000)]
     sizes = [len(unit) for unit in units(slices)]
-    assert sizes == [UNIT_ROWS, UNIT_ROWS, 5000 - 2 * UNIT_ROWS]
+    assert sum(sizes) == 100_000
+    assert sizes[0] == FIRST_ROWS
+    assert max(sizes) == UNIT_ROWS
+    large = [piece._replace(bytes=50 * MIB) for piece in slices[:100]]
+    assert [len(unit) for unit in units(large)][:3] == [1, 1, 1]
+    assert max(len(unit) for unit in units(large)) == 2
+
+
+def test_of_a_small_collection_no_worker_has_much_more_than_its_share():
+    slices = [Slice(str(i), str(i), 1, "", 0, 1, 0, 75_000, -1) for i in range(4096)]
+    sizes = [len(unit) for unit in units(slices)]
+    assert max(sizes) <= 4096 / 15
+    assert len(sizes) <= 20
 
 
 def test_adding_images_never_moves_the_ones_that_were_there():

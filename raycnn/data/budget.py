@@ -56,6 +56,17 @@ class UnitPlan(NamedTuple):
     gpus: float
 
 
+class StagePlan(NamedTuple):
+    """How decode tasks and the actors that predict share the machine."""
+
+    tasks: int
+    task_cpus: float
+    actors: int
+    min_actors: int
+    actor_cpus: float
+    actor_gpus: float
+
+
 class TrainPlan(NamedTuple):
     """How one training worker and the decode tasks that feed it share the machine; times `num_workers`."""
 
@@ -93,6 +104,28 @@ def plan_units(verb: str, now: Resources, limit: Resources, units: int, use_gpu:
         )
     workers = max(1, min(room, units))
     return UnitPlan(workers, max(1, min(workers, now.room(cpus, gpus))), cpus, gpus)
+
+
+def plan_stages(verb: str, now: Resources, limit: Resources, units: int) -> StagePlan:
+    """One actor for each GPU, or for every second CPU where there are none; the other CPUs decode.
+
+    An actor drives its GPU with one CPU. Where that leaves no CPU to decode, actors and tasks get half a CPU each.
+
+    Raises:
+        ConfigError: the cluster cannot run one of each; with the arithmetic.
+    """
+    gpus = 1.0 if limit.gpus >= 1 else 0.0
+    for cpus in (1.0, 0.5):
+        fitting = limit.room(cpus, gpus) if gpus else limit.room(cpus) // 2
+        actors = min(fitting, units)
+        tasks = limit.room(cpus) - actors
+        if actors >= 1 and tasks >= 1:
+            least = max(1, min(actors, now.room(cpus, gpus) if gpus else now.room(cpus) // 2))
+            return StagePlan(min(tasks, units), cpus, actors, least, cpus, gpus)
+    raise ConfigError(
+        f"{verb}: decoding and predicting need half a CPU each on one node, and the cluster has {_described(limit)}: "
+        "start Ray with --num-cpus=1 or more, or add a worker node"
+    )
 
 
 def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPlan:

@@ -2,7 +2,7 @@
 
 Rows in and out of each stage:
 
-    map_units     {"item": json of the item}  ->  {"result": json of the result}
+    map_units     {"number", "items": json of a few items}  ->  {"result": json of the result} for each item
     stream        {"item": json of the item}  ->  what the function returns, in the order of the items
 """
 
@@ -10,7 +10,8 @@ import functools
 import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -18,16 +19,32 @@ from raycnn.data.board import Progress, Waiting
 from raycnn.data.budget import TrainPlan, UnitPlan
 from raycnn.data.cluster import user_errors
 
+if TYPE_CHECKING:
+    import ray.data
+
 MAX_BLOCKS = 1000
-"""Blocks that the items of one pipeline are spread over; one item each, up to here. Ray Data takes 3 ms to submit a
-block, and begins when it has submitted all."""
+"""Batches of items that one Ray Data execution has. Ray Data takes 3 ms to submit a block, and begins when it has
+submitted all; what comes back with a block is seen when the block is done."""
+
+MAX_BATCH = 8
+BATCHES_PER_WORKER = 16
+"""Items that one worker gets at once, so that it reads the next while it works on one: up to 8, where each worker has
+at least 16 batches to come, so that all end at about the same time."""
 
 FEED_MEMORY_BYTES = 512 * 1024 * 1024
 """Decoded pixels that wait for one training worker."""
 
 
+class UnitWorker(Protocol):
+    """What works on items in a process of its own."""
+
+    def __call__(self, items: list[dict[str, Any]], is_again: bool) -> Iterator[dict[str, Any]]:
+        """One JSON-able result for each item, as they are done; `is_again` where a process has died over them."""
+        ...
+
+
 def map_units(
-    worker: type,
+    worker: type[UnitWorker],
     items: Sequence[dict[str, Any]],
     plan: UnitPlan,
     arguments: dict[str, Any],
@@ -39,60 +56,113 @@ def map_units(
     earlier one: importing torch takes longer than many a pipeline. A GPU is held by an actor.
 
     Args:
-        worker: a class, made once in each process with `arguments`; called with an item it returns the result.
+        worker: a class, made once in each process with `arguments`.
         items: JSON-able.
         plan: from `plan_units`.
         arguments: JSON-able constructor arguments.
         say: is told when nothing comes for want of CPUs or GPUs.
     """
+    with run_name() as run:
+        for rows in waves(items, plan.workers):
+            items_read = dataset(rows)
+            options: dict[str, Any] = {"num_cpus": plan.cpus, "batch_size": 1, "batch_format": "numpy"}
+            made = {"worker": worker, "arguments": json.dumps(arguments), "run": run}
+            if plan.gpus:
+                mapped = items_read.map_batches(
+                    BatchActor,
+                    fn_constructor_kwargs=made,
+                    compute=actors(plan.min_workers, plan.workers),
+                    num_gpus=plan.gpus,
+                    **options,
+                )
+            else:
+                mapped = items_read.map_batches(
+                    cast(Any, _work_in_task),
+                    fn_kwargs=made,
+                    compute=tasks(plan.workers),
+                    **options,
+                )
+            with user_errors(), Waiting(say) as waiting:
+                for row in mapped.iter_rows():
+                    waiting.moved()
+                    yield json.loads(row["result"])
+
+
+def waves(items: Sequence[dict[str, Any]], workers: int) -> Iterator[list[dict[str, Any]]]:
+    """The items as rows of batches, as many as one execution may have."""
+    size = max(1, min(MAX_BATCH, len(items) // (workers * BATCHES_PER_WORKER)))
+    rows = [{"number": start, "items": json.dumps(items[start : start + size])} for start in range(0, len(items), size)]
+    for start in range(0, len(rows), MAX_BLOCKS):
+        yield rows[start : start + MAX_BLOCKS]
+
+
+def dataset(rows: list[dict[str, Any]]) -> "ray.data.Dataset":
+    """A dataset of which each row is a block, and so a task."""
     import ray.data
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-    options: dict[str, Any] = {"num_cpus": plan.cpus, "batch_size": 1, "batch_format": "numpy"}
-    made = json.dumps(arguments)
-    if plan.gpus:
-        mapped = dataset.map_batches(
-            _ItemActor,
-            fn_constructor_args=(worker, made),
-            compute=ActorPoolStrategy(min_size=plan.min_workers, max_size=plan.workers),
-            num_gpus=plan.gpus,
-            **options,
-        )
-    else:
-        mapped = dataset.map_batches(
-            cast(Any, _work_in_task),
-            fn_kwargs={"worker": worker, "arguments": made, "run": uuid.uuid4().hex},
-            compute=TaskPoolStrategy(size=plan.workers),
-            **options,
-        )
-    with user_errors(), Waiting(say) as waiting:
-        for row in mapped.iter_rows():
-            waiting.moved()
-            yield json.loads(row["result"])
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
-class _ItemActor:
-    def __init__(self, worker: type, arguments: str) -> None:
-        self._worker = worker(**json.loads(arguments))
+def tasks(count: int) -> "ray.data.TaskPoolStrategy":
+    """At most so many tasks at once."""
+    from ray.data import TaskPoolStrategy
+
+    return TaskPoolStrategy(size=count)
+
+
+def actors(least: int, most: int) -> "ray.data.ActorPoolStrategy":
+    """Actors, as many at the start as the cluster has room for, because Ray Data adds them slowly."""
+    from ray.data import ActorPoolStrategy
+
+    return ActorPoolStrategy(min_size=least, max_size=most)
+
+
+@contextmanager
+def run_name() -> Iterator[str]:
+    """A name for one run of a pipeline, under which its workers note which batches they have begun."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    run = uuid.uuid4().hex
+    yield run
+    _internal_kv_del(_note(run, ""), del_by_prefix=True)
+
+
+def _note(run: str, number: object) -> bytes:
+    return f"raycnn:{run}:{number}".encode()
+
+
+def begun_before(run: str, number: int) -> bool:
+    """Whether a process has begun this batch before, which then died over it; from now on one has."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    return _internal_kv_put(_note(run, number), b"", overwrite=False)
+
+
+class BatchActor:
+    """A worker that stays: it holds a GPU."""
+
+    def __init__(self, worker: type[UnitWorker], arguments: str, run: str) -> None:
+        self._work, self._run = worker(**json.loads(arguments)), run
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return _results(batch, self._worker)
+        """Results of one batch of items."""
+        return _results(batch, self._work, self._run)
 
 
 def _work_in_task(batch: dict[str, np.ndarray], worker: type, arguments: str, run: str) -> dict[str, np.ndarray]:
-    return _results(batch, _made_once(worker, arguments, run))
+    return _results(batch, made_once(worker, arguments, run), run)
 
 
 @functools.lru_cache(maxsize=1)
-def _made_once(worker: type, arguments: str, run: str) -> Callable[[Any], Any]:
+def made_once(worker: type, arguments: str, run: str) -> Callable[..., Any]:
     """The run's worker of this process; `run` keeps a later run from seeing what this one has cached."""
     return worker(**json.loads(arguments))
 
 
-def _results(batch: dict[str, np.ndarray], work: Callable[[Any], Any]) -> dict[str, np.ndarray]:
-    return {"result": np.array([json.dumps(work(json.loads(item))) for item in batch["item"]], object)}
+def _results(batch: dict[str, np.ndarray], work: Callable[..., Any], run: str) -> dict[str, np.ndarray]:
+    is_again = begun_before(run, int(batch["number"][0]))
+    done = work(json.loads(batch["items"][0]), is_again)
+    return {"result": np.array([json.dumps(result) for result in done], object)}
 
 
 def stream(
@@ -115,8 +185,7 @@ def stream(
         cpu=plan.tasks * plan.task_cpus, object_store_memory=FEED_MEMORY_BYTES
     )
     rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    decoded = dataset.map_batches(
+    decoded = dataset(rows).map_batches(
         cast(Any, _stream_item),
         fn_kwargs={"function": function, "arguments": arguments},
         num_cpus=plan.task_cpus,

@@ -1,0 +1,12 @@
+"""`raycnn label`: exactly one row for every image, by the ledger's protocol, through Ray Data.
+
+rows      what a row is: schema, tables, what a part's rows count up to
+fused     one process per CPU reads, decodes, predicts and commits whole units
+staged    tasks decode, actors with a GPU predict batches across units, the driver gathers units and commits
+speed     where the time goes, and how near it comes to the floor of the machine
+run       the driver: plan, work, finish
+"""
+
+from raycnn.labeling.run import LabelReport, label
+
+__all__ = ["LabelReport", "label"]

@@ -1,0 +1,290 @@
+"""The driver of a labeling run: it plans, has the units labelled, and finishes. It imports torch on a thread."""
+
+import hashlib
+import io
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from raycnn import data
+from raycnn.config import LabelConfig, to_yaml
+from raycnn.errors import ConfigError, DataError, Status
+from raycnn.labeling.speed import Speed
+from raycnn.ledger import Growth, Ledger, Plan, UnitRef, label_ledger, new_slices, success_path
+from raycnn.shards import Collection, Slice, open_collection, units
+from raycnn.storage import contains, open_store
+
+if TYPE_CHECKING:
+    from raycnn import bundle as bundles
+
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What the output holds, all generations together; `units_written`, `speed` and `seconds` are of this run."""
+
+    rows: int
+    status: dict[str, int]
+    classes: dict[str, int]
+    """Labels by class name."""
+    confidence: list[int]
+    """Predictions by probability, in 100 equal bins from 0 to 1."""
+    abstained: int
+    shift: dict[str, float] | None
+    """Distance of classes and confidence from those on validation: 0 alike, 1 wholly different."""
+    units: int
+    units_written: int
+    images_per_s: float
+    """With everything from the first step to the last; `speed` has the steady state."""
+    speed: dict[str, Any] | None
+    seconds: float
+    output: str
+    generations: int
+    changed: int
+    gone: int
+
+
+def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelReport:
+    """Label a collection, or resume, or label what is new, or find nothing to do.
+
+    Raises:
+        ConfigError: the output lies inside the input, or belongs to another selection or model.
+        DataError: the collection cannot be read, a shard of it was replaced, or too many images are bad.
+        BundleError: the bundle is altered, or a worker's copy behaves otherwise.
+        StorageError: the store cannot promise create-once, or cannot be reached.
+    """
+    start = time.perf_counter()
+    say = progress or (lambda event: None)
+    if contains(config.data, config.out) or contains(config.out, config.data):
+        raise ConfigError(f"output {config.out} and input {config.data} lie inside each other; choose another output")
+    collection = open_collection(config.data, ())
+    collection.accept_unreadable = config.accept_unreadable
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_load, config.bundle)
+        say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
+        if not _looks_finished(config.out):
+            data.connect(say)  # Ray starts while torch is imported, which takes as long
+        bundle = loading.result()
+    return _LabelRun(config, bundle, collection, say).run(start)
+
+
+def _load(url: str) -> "bundles.Bundle":
+    from raycnn import bundle as bundles
+
+    return bundles.load(url)
+
+
+def _looks_finished(out: str) -> bool:
+    return open_store(out).head(success_path(0)) is not None
+
+
+class _LabelRun:
+    def __init__(
+        self, config: LabelConfig, bundle: "bundles.Bundle", collection: Collection, say: data.Progress
+    ) -> None:
+        self._config, self._bundle, self._collection, self._say = config, bundle, collection, say
+        store = open_store(config.out)
+        self._store = store.single_driver() if config.single_driver else store
+        self._selection = {
+            "data": collection.store.url,
+            "split": config.split,
+            "exclude": list(config.exclude),
+        }
+        self._growth = Growth()
+        self._plan_speed: Speed | None = None
+
+    def run(self, start: float) -> LabelReport:
+        """Plan or adopt, label what is pending, finish, report."""
+        plans = self.plans()
+        written, rows = 0, 0
+        for plan in plans:
+            if (pending := self._ledger.pending(plan)) or self._ledger.success(plan.generation) is None:
+                ours = [r for r in self._label(plan, pending) if r["written"]]
+                written, rows = written + len(ours), rows + sum(r["rows"] for r in ours)
+                self._finish(plan, {r["path"]: r for r in ours})
+        return self._report(plans, written, rows, time.perf_counter() - start)
+
+    def _report(self, plans: list[Plan], written: int, rows: int, seconds: float) -> LabelReport:
+        from raycnn.labeling.rows import add_counts, shift
+
+        counts = add_counts([m["counts"] for p in plans if (m := self._ledger.success(p.generation)) is not None])
+        names = self._bundle.class_names
+        return LabelReport(
+            rows=sum(p.rows for p in plans),
+            status=counts["status"],
+            classes={names[int(label)]: n for label, n in counts["labels"].items()},
+            confidence=counts["confidence"],
+            abstained=counts["abstained"],
+            shift=shift(counts, self._bundle.validation),
+            units=sum(len(p.refs) for p in plans),
+            units_written=written,
+            images_per_s=rows / seconds,
+            speed=self._plan_speed.report() if self._plan_speed else None,
+            seconds=seconds,
+            output=self._store.address(),
+            generations=len(plans),
+            changed=self._growth.changed,
+            gone=self._growth.gone,
+        )
+
+    def _fingerprinted(self) -> dict[str, Any]:
+        """The fingerprint of this run; a plan that exists has decided the precision."""
+        from raycnn.predictor import precision_on
+
+        found = Ledger(self._store, "").plans()
+        if found:
+            precision = found[0].content["fingerprint"].get("precision", precision_on("cpu"))
+        else:
+            data.connect(self._say)
+            precision = precision_on(self._device)
+        self._fingerprint = fingerprint_of(self._bundle, self._config, precision)
+        return self._fingerprint
+
+    @property
+    def _device(self) -> str:
+        is_cpu = self._config.layout == "fused" or data.resources()[1].gpus < 1
+        return "cpu" if is_cpu else "cuda"
+
+    def plans(self) -> list[Plan]:
+        """All generations, with a new one where every earlier one is finished and the collection has grown."""
+        self._ledger = label_ledger(self._store, self._fingerprinted())
+        plans = self._ledger.plans()
+        for plan in plans:
+            self._ledger.check(plan, self._selection, self._fingerprint)
+        if not plans or all(self._ledger.success(p.generation) for p in plans):
+            plans += self._plan_next(plans)
+        self._ledger.probe(plans[0])
+        return plans
+
+    def _plan_next(self, plans: list[Plan]) -> list[Plan]:
+        skipped: Counter[str] = Counter()
+        listed = self._collection.select(self._config.split, skipped, self._config.exclude)
+        if plans:
+            listed = new_slices(listed, self._ledger.planned(plans), self._growth)
+        listed = self._counting(listed)
+        first = next(listed, None)
+        if first is None:
+            if plans:
+                return []
+            raise DataError(
+                f"{self._collection.store.address()}: no images to label; left out: {dict(skipped) or 'none'}"
+            )
+        grouped = units(itertools.chain([first], listed))
+        plan = self._ledger.plan(len(plans), grouped, self._selection, self._fingerprint, skipped)
+        self._store.create("config.yaml", to_yaml(self._config).encode())
+        return [plan]
+
+    def _counting(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+        rows, last = 0, time.perf_counter()
+        for piece in slices:
+            rows += piece.rows
+            if time.perf_counter() - last > 1:
+                last = time.perf_counter()
+                self._say({"kind": "note", "text": f"planning: {rows:,} images listed"})
+            yield piece
+
+    def _label(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
+        if not pending:
+            return
+        done = plan.rows - sum(r.rows for r in pending)
+        bad = self._bad_before(plan, pending)
+        for result in self._results(plan, pending):
+            done += result["rows"]
+            bad.update({k: v for k, v in result.get("counts", {"status": {}})["status"].items() if k != Status.OK})
+            assert self._plan_speed is not None
+            text = "; ".join(filter(None, [self._plan_speed.text(), _listed(bad)]))
+            self._say({"kind": "progress", "done": done, "total": plan.rows, "text": text})
+            self._check_bad(bad, plan)
+            yield result
+
+    def _results(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
+        """The units' reports, from the layout that the cluster calls for."""
+        from raycnn.predictor import precision_on
+
+        data.connect(self._say)
+        self._ledger.check(plan, self._selection, self._fingerprint | {"precision": precision_on(self._device)})
+        now, limit = data.resources()
+        items = [r._asdict() for r in pending]
+        arguments = {
+            "config": self._config.model_dump(mode="json") | {"out": self._store.url},
+            "parts": self._ledger.parts,
+            "fingerprint": self._fingerprint,
+        }
+        if self._config.layout == "staged" or self._device == "cuda":
+            from raycnn.labeling.staged import label_staged
+
+            stages = data.plan_stages("label", now, limit, len(pending))
+            speed = Speed(stages.tasks * stages.task_cpus + stages.actors * stages.actor_cpus)
+            results = label_staged(items, stages, arguments, self._say)
+        else:
+            from raycnn.labeling.fused import Labeler
+
+            workers = data.plan_units("label", now, limit, len(pending))
+            speed = Speed(workers.workers * workers.cpus)
+            results = data.map_units(Labeler, items, workers, arguments | {"device": "cpu"}, self._say)
+        self._plan_speed = speed
+        for result in results:
+            for spent in result.pop("spent"):
+                speed.add(spent)
+            yield result
+
+    def _bad_before(self, plan: Plan, pending: list[UnitRef]) -> Counter[str]:
+        """Bad images of units that an earlier run has committed, where there may not be many."""
+        if self._config.max_bad >= 1:
+            return Counter()
+        left = {ref.unit for ref in pending}
+        parts = (self._described(ref) for ref in plan.refs if ref.unit not in left)
+        return sum((Counter(p["counts"]["status"]) for p in parts), Counter()) - Counter({str(Status.OK): plan.rows})
+
+    def _check_bad(self, bad: Counter[str], plan: Plan) -> None:
+        if (count := bad.total()) > self._config.max_bad * plan.rows:
+            raise DataError(
+                f"{count:,} of {plan.rows:,} images are bad ({_listed(bad)}), more than --max-bad "
+                f"{self._config.max_bad:.2%}; what is labelled stays: look at it, then go on with a larger --max-bad"
+            )
+
+    def _finish(self, plan: Plan, written: dict[str, dict[str, Any]]) -> None:
+        """The success marker, with what this run wrote and what it reads again of earlier runs' parts."""
+        from raycnn.labeling.rows import add_counts, shift
+
+        parts = [written.get(self._ledger.path(ref)) or self._described(ref) for ref in plan.refs]
+        counts = add_counts([p["counts"] for p in parts])
+        listed = [{k: part[k] for k in ("path", "bytes", "sha256", "rows")} for part in parts]
+        summary = {"status": counts["status"], "counts": counts, "shift": shift(counts, self._bundle.validation)}
+        self._ledger.finish(plan, {**summary, "class_names": list(self._bundle.class_names), "parts": listed})
+
+    def _described(self, ref: UnitRef) -> dict[str, Any]:
+        """What is known of a part that lies there already."""
+        from raycnn.labeling.rows import counts_of
+
+        part = self._store.get(self._ledger.path(ref))
+        table = pq.read_table(io.BytesIO(part), columns=["status", "label", "probability"])
+        return self._ledger.describe(ref, part) | {"counts": counts_of(table)}
+
+
+def _listed(bad: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {s}" for s, n in sorted(bad.items()))
+
+
+def fingerprint_of(bundle: "bundles.Bundle", config: LabelConfig, precision: str) -> dict[str, Any]:
+    """All that decides a row's content: one output holds one fingerprint."""
+    return {
+        "bundle": bundle.digest,
+        "weights": bundle.weights_sha256,
+        "class_names": hashlib.sha256("\n".join(bundle.class_names).encode()).hexdigest(),
+        "image": bundle.spec.model_dump(mode="json"),
+        "temperature": bundle.temperature,
+        "precision": precision,
+        "top_k": min(config.top_k, len(bundle.class_names)),
+        "abstain": config.abstain,
+        "embeddings": config.embeddings,
+        "schema": SCHEMA_VERSION,
+        "pixels": bundle.pixel_digest,
+    }

@@ -1,0 +1,97 @@
+"""Where the time of a labeling run goes, and how near it comes to the floor of its machine.
+
+The floor is what the same CPUs would do if they did nothing but decode and predict: one over the CPU seconds that
+these two take for an image, as this run has measured them. What is lost to it is waiting for storage, committing,
+Ray, and whatever else runs on the machine.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+STAGES = ("read", "decode", "model", "commit")
+"""What a worker does, or waits for, one after the other."""
+
+
+class Stopwatch:
+    """Seconds of wall clock and of CPU that a worker has spent in each stage since they were last taken."""
+
+    def __init__(self) -> None:
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._began = time.time()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        wall, cpu = time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            self._spent[name] += time.perf_counter() - wall
+            self._spent[name + "_cpu"] += time.thread_time() - cpu
+
+    def count(self, rows: int) -> None:
+        """So many images have been through."""
+        self._spent["rows"] += rows
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last call, as JSON for `Speed.add`."""
+        now = time.time()
+        taken = dict(self._spent) | {"began": self._began, "ended": now}
+        self._spent, self._began = defaultdict(float), now
+        return taken
+
+
+class Speed:
+    """The run's speed, added up on the driver."""
+
+    def __init__(self, cpus: float) -> None:
+        """Judge what `cpus` CPUs do."""
+        self._cpus = cpus
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._workers_s = 0.0
+        self._began, self._ended = float("inf"), 0.0
+
+    def add(self, taken: Mapping[str, float]) -> None:
+        """What a worker's stopwatch has taken."""
+        for name in taken.keys() - {"began", "ended"}:
+            self._spent[name] += taken[name]
+        self._workers_s += taken["ended"] - taken["began"]
+        self._began, self._ended = min(self._began, taken["began"]), max(self._ended, taken["ended"])
+
+    @property
+    def images_per_s(self) -> float:
+        """From when the first worker was ready until now: the steady state, without starting Ray and loading."""
+        return self._spent["rows"] / max(self._ended - self._began, 1e-9)
+
+    @property
+    def floor(self) -> float:
+        """Images/s if the CPUs did nothing but decode and predict."""
+        per_image = self._spent["decode_cpu"] + self._spent["model_cpu"]
+        return self._cpus * self._spent["rows"] / per_image if per_image else 0.0
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """The share of the workers' time that each stage takes."""
+        return {stage: round(self._spent[stage] / self._workers_s, 3) if self._workers_s else 0.0 for stage in STAGES}
+
+    def report(self) -> dict[str, Any] | None:
+        """For the verb's report; None where nothing was labelled."""
+        if not self._spent["rows"]:
+            return None
+        return {
+            "images_per_s": round(self.images_per_s, 1),
+            "images_per_s_per_cpu": round(self.images_per_s / self._cpus, 1),
+            "floor_images_per_s": round(self.floor, 1),
+            "of_floor": round(self.images_per_s / self.floor, 3) if self.floor else None,
+            "busy": self.busy,
+            "bottleneck": max(STAGES, key=self.busy.__getitem__),
+        }
+
+    def text(self) -> str:
+        """The same for the progress line: `decode 52%, model 44%, read 2%; 93% of the floor`."""
+        busy = sorted(self.busy.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in busy if share >= 0.005)
+        return f"{shares}; {self.images_per_s / self.floor:.0%} of the floor" if self.floor else shares
