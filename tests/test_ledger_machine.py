@@ -278,6 +278,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.outside = MemoryStore(self.world, lambda: "go")
         for i in range(objects):
             self.put_object(f"{i}.tar", 1 + i % 3)
+        for size in (1, 2):
+            self.start_driver(0, size, 0)
 
     @rule(identity=st.sampled_from([0] * 8 + [1, 2]), size=st.integers(1, 3), seed=st.integers(0, 9))
     def start_driver(self, identity: int, size: int, seed: int) -> None:
@@ -297,13 +299,19 @@ class LedgerMachine(RuleBasedStateMachine):
             self.actors.append(Actor(self.world, program, identity))
 
     @precondition(lambda self: self.actors)
-    @rule(which=st.integers(0, 99), steps=st.integers(0, 20), verdict=st.just("go") | st.sampled_from(FAILURES))
-    def go_on(self, which: int, steps: int, verdict: Verdict) -> None:
-        actor = self.actors[which % len(self.actors)]
-        for _ in range(steps):
-            actor.step()
-            self.nothing_is_wrong()
-        actor.step(verdict)
+    @rule(turns=st.lists(st.tuples(st.integers(0, 99), st.sampled_from([1, 2, 3, 5, 8])), min_size=1, max_size=8))
+    def take_turns(self, turns: list[tuple[int, int]]) -> None:
+        """Processes go on by turns, each for some storage calls."""
+        for which, calls in turns:
+            for _ in range(calls):
+                self.actors[which % len(self.actors)].step()
+                self.nothing_is_wrong()
+        self._retire()
+
+    @precondition(lambda self: self.actors)
+    @rule(which=st.integers(0, 99), failure=st.sampled_from(FAILURES))
+    def fail(self, which: int, failure: Verdict) -> None:
+        self.actors[which % len(self.actors)].step(failure)
         self._retire()
 
     @precondition(lambda self: self.actors)
@@ -408,5 +416,5 @@ class LedgerMachine(RuleBasedStateMachine):
             OPEN.clear()
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_every_key_is_labelled_exactly_once = pytest.mark.slow(LedgerMachine.TestCase)
