@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.measuring import where
 
 BENCHMARKS = {
+    "fuzz": "a million damaged files through raycnn.images.pixels: what they become, and the matrix of hazards",
     "images": "one core: raycnn.images against bare decoding and torchvision's transform",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",
 }

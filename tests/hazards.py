@@ -175,6 +175,7 @@ def _cut():
 
 def _damaged():
     jpeg, png, webp = encode(flag(), "JPEG"), encode(flag(), "PNG"), encode(flag(), "WEBP", lossless=True)
+    gray_tiff = tiff(np.full((HEIGHT, WIDTH), 90, np.uint8), 8)
     scan = jpeg.index(b"\xff\xda")
     broken_scan = jpeg[: scan + 20] + bytes(3) + jpeg[scan + 23 :]
     undecodable = {
@@ -184,6 +185,9 @@ def _damaged():
         "no-tables.jpg": jpeg[:2] + jpeg[jpeg.index(b"\xff\xc0") : scan] + jpeg[scan:],
         "twelve-bit.jpg": jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
         "zeros.webp": webp[:20] + bytes(len(webp) - 20),
+        "missing-strips.tif": gray_tiff.replace(
+            struct.pack("<HHII", 257, 4, 1, HEIGHT), struct.pack("<HHII", 257, 4, 1, 2 * HEIGHT)
+        ),
         "no-entries.tif": struct.pack("<2sHIHI", b"II", 42, 8, 0, 0) + bytes(100),
     }
     whole = {"broken-scan.jpg": Hazard(broken_scan, Status.OK, tolerance=255)}

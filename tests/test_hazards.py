@@ -2,7 +2,9 @@
 
 import gzip
 import time
+import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +37,19 @@ def test_a_hazard_has_the_status_that_is_expected_of_it(name):
     seen = image[height * 5 // 8, width * 5 // 8], image[0, 0]
     assert np.abs(np.subtract(seen, (hazard.centre, hazard.corner))).max() <= hazard.tolerance
     assert pixels(hazard.encoded, SPEC).shape == (16, 20, 3)
+
+
+@pytest.mark.slow
+def test_damaged_files_become_pixels_or_a_bad_and_nothing_else(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "jobs"))
+    from benchmarks import fuzz
+
+    tally = fuzz.Tally()
+    with warnings.catch_warnings(action="ignore"):
+        fuzz.attack(range(1500), tally)
+    met = {name: count for name, count in zip(fuzz.COUNTED, tally.counts, strict=True) if count}
+    assert sum(met.values()) == 1500
+    assert set(met) == {"ok", "empty", "truncated", "undecodable", "unsupported", "too_large"}
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])

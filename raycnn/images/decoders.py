@@ -160,7 +160,7 @@ def _open_with_pillow(encoded: bytes, name: str, limits: Limits) -> File | Bad:
         return bad
     try:
         image = _READERS[name](io.BytesIO(content))
-        tile = _tile(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else (0, 0)
+        tile = _check_tiff(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else (0, 0)
     except _ERRORS as error:
         return _bad(name, encoded, error)
     if bad := _too_large(*tile, limits):
@@ -174,8 +174,16 @@ def _open_with_pillow(encoded: bytes, name: str, limits: Limits) -> File | Bad:
     return _file(encoded, name, (image.height, image.width, channels), structure.orientation(exif), image)
 
 
-def _tile(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
-    """Height and width of a TIFF's tiles, which take their memory however small the image is; or (0, 0)."""
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
+    """Height and width of its tiles, which take their memory however small the image is; or (0, 0).
+
+    ValueError where parts of it are missing, which Pillow would leave black.
+    """
+    if (
+        sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
+        < image.width * image.height
+    ):
+        raise ValueError("its strips or tiles do not cover it")
     height, width = (image.tag_v2.get(tag, 0) for tag in (323, 322))
     return (height, width) if isinstance(height, int) and isinstance(width, int) else (0, 0)
 
