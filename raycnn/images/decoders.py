@@ -179,10 +179,9 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
 
     ValueError where parts of it are missing, which Pillow would leave black.
     """
-    if (
-        sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
-        < image.width * image.height
-    ):
+    corners = [tile.extents or (0, 0, 0, 0) for tile in image.tile]
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in corners)
+    if covered < image.width * image.height:
         raise ValueError("its strips or tiles do not cover it")
     height, width = (image.tag_v2.get(tag, 0) for tag in (323, 322))
     return (height, width) if isinstance(height, int) and isinstance(width, int) else (0, 0)
