@@ -134,7 +134,11 @@ class Ledger:
 
         Raises:
             ConfigError: the adopted plan selects other data or was made with another fingerprint.
+            DataError: there are parts of a plan that is gone, which would be taken for parts of this one.
         """
+        orphans = f"{self.parts}/part-g{generation:04d}-"
+        if next(self.store.list(orphans), None) is not None and self.store.head(plan_path(generation)) is None:
+            raise DataError(f"{self.store.address(plan_path(generation))} {ALTERED}")
         pages = [self._write_page(page) for page in _batches(units, PAGE_UNITS)]
         content = {
             "version": VERSION,
@@ -426,34 +430,36 @@ def verify(config: VerifyConfig) -> VerifyReport:
     _page_cache.cache_clear()  # what this process has read before proves nothing of what is there now
     store = open_store(config.out)
     ledger = Ledger(store, LABEL_PARTS)
+    # Before the plans: a run that goes on meanwhile makes parts of plans that were not there, which are not foreign.
+    parts = {entry.path for entry in store.list(LABEL_PARTS + "/")}
     plans = ledger.plans()
     if not plans:
         raise DataError(f"{store.address()}: no plan there; is it the output of `raycnn label`?")
-    return _Verification(store, plans).report(config.deep)
+    return _Verification(store, plans, parts).report(config.deep)
 
 
 class _Verification:
-    def __init__(self, store: Store, plans: list[Plan]) -> None:
-        self._store, self._plans = store, plans
+    def __init__(self, store: Store, plans: list[Plan], parts: set[str]) -> None:
+        self._store, self._plans, self._parts = store, plans, parts
         self._ledger = label_ledger(store, plans[0].content["fingerprint"])
         self._found = VerifyReport(expected=sum(p.rows for p in plans))
         self._status: Counter[str] = Counter()
         self._hashes: list[np.ndarray] = []
 
     def report(self, deep: bool) -> VerifyReport:
-        found, parts = self._found, {e.path for e in self._store.list(LABEL_PARTS + "/")}
+        self._check_generations()
+        found, parts = self._found, self._parts
         for plan in self._plans:
-            marker = self._ledger.success(plan.generation) or {}
-            found.unfinished += not marker
-            digests = {p["path"]: p["sha256"] for p in marker.get("parts", [])}
+            digests = self._digests(plan)
+            found.unfinished += digests is None
             for ref in plan.refs:
                 path = self._ledger.path(ref)
-                if path in parts:
-                    parts.remove(path)
-                    self._check_part(ref, path, digests.get(path))
+                if path in parts or (digests and self._ledger.is_committed(ref)):  # since the parts were listed
+                    parts.discard(path)
+                    self._check_part(ref, path, digests[path] if digests else None)
                 else:
                     found.lost += ref.rows
-                    found.unfinished += not marker
+                    found.unfinished += digests is None
         for path in sorted(parts):
             found.foreign += max(self._rows_of_foreign(path), 1)
         hashes = np.concatenate(self._hashes) if self._hashes else np.empty(0, np.uint64)
@@ -462,6 +468,23 @@ class _Verification:
         if deep:
             found.inputs = _compare_inputs(self._ledger, self._plans)
         return found
+
+    def _check_generations(self) -> None:
+        """A plan or a marker behind a generation without a plan means that the plan has gone."""
+        missing = len(self._plans)
+        known = {name(g) for name in (plan_path, success_path) for g in range(missing)}
+        is_behind = any(e.path not in known for prefix in ("plan/g", "_SUCCESS-g") for e in self._store.list(prefix))
+        if is_behind and self._store.head(plan_path(missing)) is None:  # else a run has just made it
+            raise DataError(f"{self._store.address(plan_path(missing))} {ALTERED}")
+
+    def _digests(self, plan: Plan) -> dict[str, str] | None:
+        """The sha256 of each part by its path, as the success marker has them; None while there is no marker."""
+        if (marker := self._ledger.success(plan.generation)) is None:
+            return None
+        digests = {part["path"]: part["sha256"] for part in marker.get("parts", [])}
+        if marker.get("plan") != plan.digest or digests.keys() != {self._ledger.path(ref) for ref in plan.refs}:
+            raise DataError(f"{self._store.address(success_path(plan.generation))} {ALTERED}")
+        return digests
 
     def _check_part(self, ref: UnitRef, path: str, sha256: str | None) -> None:
         data = self._store.get(path)

@@ -237,3 +237,55 @@ def test_an_output_without_its_success_marker_is_not_finished(done, tmp_path):
     report = raycnn.verify(ledger.store.url)
     assert report.present == report.expected == 60
     assert "the run is not finished" in str(report.error)
+
+
+@pytest.fixture
+def grown(done) -> tuple[Ledger, Plan]:
+    """A finished output of two generations, and the plan of the second."""
+    ledger, _ = done
+    plan = make_plan(ledger, [slices(["new-a", "new-b", "new-c"])], 1)
+    for ref in plan.refs:
+        assert ledger.commit(ref, part(ledger, ref), ref.rows)
+    finish(ledger, plan)
+    assert raycnn.verify(ledger.store.url).present == 63
+    return ledger, plan
+
+
+@pytest.mark.parametrize("gone", [["plan"], ["plan", "part"], ["plan", "marker", "part of the first"]])
+def test_a_generation_of_which_the_plan_is_gone_is_missed(grown, tmp_path, gone):
+    ledger, plan = grown
+    paths = {
+        "plan": "plan/g0001.json",
+        "part": ledger.path(plan.refs[0]),
+        "marker": "_SUCCESS-g0001.json",
+        "part of the first": ledger.path(UnitRef(0, 3, 3, "", "")),
+    }
+    for name in gone:
+        (tmp_path / "out" / paths[name]).unlink()
+    if "marker" in gone:
+        report = raycnn.verify(ledger.store.url)
+        assert (report.lost, report.foreign) == (3, 3)
+    else:
+        with pytest.raises(DataError, match=r"plan/g0001\.json was altered or deleted"):
+            raycnn.verify(ledger.store.url)
+
+
+def test_parts_of_a_plan_that_is_gone_are_not_taken_for_those_of_a_new_one(grown, tmp_path):
+    ledger, _ = grown
+    (tmp_path / "out/plan/g0001.json").unlink()
+    with pytest.raises(DataError, match=r"plan/g0001\.json was altered or deleted"):
+        make_plan(ledger, [slices(["new-a", "new-b"])], 1)
+    assert len(ledger.plans()) == 1
+
+
+@pytest.mark.parametrize("forged", ["of another generation", "without a part"])
+def test_a_success_marker_that_does_not_fit_its_plan_proves_nothing(grown, tmp_path, forged):
+    ledger, _ = grown
+    marker = tmp_path / "out/_SUCCESS-g0000.json"
+    content = json.loads(marker.read_text())
+    if forged == "of another generation":
+        marker.write_bytes((tmp_path / "out/_SUCCESS-g0001.json").read_bytes())
+    else:
+        marker.write_text(json.dumps(content | {"parts": content["parts"][:-1]}))
+    with pytest.raises(DataError, match=r"_SUCCESS-g0000\.json was altered"):
+        raycnn.verify(ledger.store.url)

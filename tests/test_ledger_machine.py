@@ -256,6 +256,14 @@ def label_unit(store: MemoryStore, identity: int, ref: UnitRef) -> bool:
     return ledger.commit(ref, part(ledger, ref, made_by=store.url), ref.rows)
 
 
+def verify_meanwhile(store: MemoryStore) -> int:
+    """What `raycnn verify` does; it creates no part."""
+    report = verify(VerifyConfig(out=store.url))
+    assert (report.duplicate, report.foreign, report.altered) == (0, 0, 0)
+    assert report.unfinished or not report.lost
+    return 0
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Any number of processes on one output: they start, go on, fail and die, while the collection changes."""
 
@@ -291,6 +299,12 @@ class LedgerMachine(RuleBasedStateMachine):
         """On a unit that any driver has ever sent: it may be dead since, and the unit done."""
         ref, identity = self.sent[which % len(self.sent)], self._owner()
         self._start(lambda store: label_unit(store, identity, ref), identity)
+
+    @precondition(lambda self: self.sent and self.world.mode == "conditional")
+    @rule()
+    def start_verifying(self) -> None:
+        """While others go on: it may find that the run is not over, but no damage."""
+        self._start(verify_meanwhile, self._owner())
 
     def _start(self, program: Callable[[MemoryStore], int], identity: int) -> None:
         if self.world.mode == "single driver":
