@@ -8,16 +8,20 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import raycnn
 from raycnn import bundle as bundles
 from raycnn import images
 from raycnn.bundle import SelfTest
 from raycnn.bundle.folder import _sha256_of
+from raycnn.bundle.graph import graph_files
+from raycnn.bundle.selftest import selftest_files
 from raycnn.config import ImageSpec
 from raycnn.errors import Bad, BundleError, ConfigError, StorageError
 from raycnn.models import Classifier, build
@@ -103,7 +107,7 @@ def test_a_changed_byte_in_any_file_is_refused_by_the_files_name(folder):
 
 
 def test_a_missing_file_is_named(folder):
-    for name in ("model.safetensors", "validation.json", "selftest/expected.json", "selftest/0.png"):
+    for name in ("model.safetensors", "model.onnx", "validation.json", "selftest/expected.json", "selftest/0.png"):
         (folder / name).rename(folder.parent / "away")
         with pytest.raises(BundleError, match=f"{name} is missing"):
             bundles.load(str(folder))
@@ -193,6 +197,80 @@ def test_there_is_no_pickle_in_a_bundle_and_others_find_their_keys(folder):
     assert set(load_file(folder / "model.safetensors")) == set(classifier().net.state_dict())
 
 
+def test_others_run_the_graph_with_onnx_runtime_alone(folder):
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    batch = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8)
+    logits, embeddings = session.run(["logits", "embeddings"], {"pixels": batch})
+    with torch.inference_mode():
+        expected, inner = classifier().votes_and_embeddings(torch.from_numpy(batch))
+    assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-5)
+    assert torch.allclose(torch.from_numpy(embeddings), inner, atol=1e-5)
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert session.get_modelmeta().custom_metadata_map == {"raycnn.weights_sha256": weights}
+
+
+def test_a_bundle_without_a_graph_is_whole(folder):
+    with_graph = bundles.load(str(folder))
+    (folder / "model.onnx").unlink()
+    files = json.loads((folder / "config.json").read_text())["files"]
+    del files["model.onnx"]
+    forge(folder, files=files)
+    loaded = bundles.load(str(folder))
+    assert (loaded.graph, loaded.digest) == (None, with_graph.digest)
+
+
+class Repeated(nn.Module):
+    """Works in torch, and becomes a graph for batches of one size."""
+
+    def __init__(self, broadcast: bool):
+        super().__init__()
+        self.broadcast = broadcast
+
+    def forward(self, x):
+        rows = int(x.shape[0])
+        x = x.mean(dim=(2, 3)) if self.broadcast else x.mean(dim=(2, 3)).reshape(rows, 3)
+        return x + torch.zeros(rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (nn.Sequential(nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(75, 3)), "cannot be exported: .*adaptive_avg"),
+        (nn.Sequential(Repeated(broadcast=False), nn.Linear(3, 3)), "onnxruntime cannot run model.onnx"),
+        (nn.Sequential(Repeated(broadcast=True), nn.Linear(3, 3)), "made for another size of batch"),
+    ],
+)
+def test_an_architecture_that_cannot_become_a_graph_is_said(layer, told, capfd):
+    model = Classifier("classic", layer, ImageSpec(height=16, width=16), 3).eval()
+    files, selftest = selftest_files(model, [png(i) for i in range(3)])
+    assert "selftest/expected.json" in files
+    with pytest.warns(UserWarning, match=told) as caught:
+        assert graph_files(model, selftest, "0" * 64) == {}
+    assert "CPUs will run it in torch" in str(caught[0].message)
+    assert capfd.readouterr() == ("", "")
+
+
+class Attention(nn.Module):
+    """What vision transformers consist of."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, stride=8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(dim=1))
+
+
+def test_attention_becomes_a_graph():
+    model = Classifier("vit_tiny", Attention(), ImageSpec(height=16, width=16), 3).eval().requires_grad_(False)
+    _, selftest = selftest_files(model, [png(i) for i in range(3)])
+    assert set(graph_files(model, selftest, "0" * 64)) == {"model.onnx"}
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_names_and_outputs_have_to_agree(tmp_path):
     for names, told in (
         (("a", "b"), "2 class names for a model with 3 outputs"),
@@ -238,6 +316,7 @@ def test_a_torchvision_model_is_imported_with_the_names_of_imagenet(weights, tmp
     assert (loaded.spec.height, loaded.spec.crop) == (224, 0.875)
     assert report.parameters == 1_235_496
     assert report.selftest > 0
+    assert loaded.graph is not None
     ours = images.pixels(png(0), loaded.spec)
     assert not isinstance(ours, Bad)
     twin = build("squeezenet1_1", 1000, loaded.spec, str(weights)).eval()

@@ -118,6 +118,16 @@ def test_mean_and_std_are_not_among_the_weights():
     assert not {"mean", "std"} & {key.rpartition(".")[2] for key in models.build("classic", 4, spec()).state_dict()}
 
 
+def test_embeddings_of_a_convolutional_head_are_means_of_its_maps():
+    shape = spec(32, 32, 3)
+    classifier, maps = models.build("squeezenet1_1", 3, shape, seed=0).eval(), []
+    classifier.net.features.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
+    with torch.inference_mode():
+        votes, embeddings = classifier.votes_and_embeddings(noise(shape))
+        torch.testing.assert_close(embeddings, maps[0].mean(dim=(2, 3)))
+        torch.testing.assert_close(votes, classifier(noise(shape)))
+
+
 @pytest.mark.slow
 def test_every_torchvision_classification_model_gets_a_head_for_the_class_count():
     names = models.architectures()
@@ -139,7 +149,9 @@ def test_every_family_runs_on_grayscale(name):
     with torch.inference_mode():
         for parameter in classifier.parameters():
             parameter.zero_()
-        assert classifier(noise(shape)).shape == (2, 7)
+        votes, embeddings = classifier.votes_and_embeddings(noise(shape))
+    assert votes.shape == (2, 7)
+    assert embeddings.shape == (2, classifier.embedding_size)
     assert models.first_filters(classifier).shape[1] == 1
 
 

@@ -1,6 +1,7 @@
 """Pixels to calibrated predictions."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from PIL import Image
 
 from raycnn import bundle as bundles
+from raycnn.bundle.graph import _export
 from raycnn.config import ImageSpec
 from raycnn.errors import Bad, Status
 from raycnn.models import build
-from raycnn.predictor import Predictor
+from raycnn.predictor import Predictor, precision_on
 
 NAMES = ("a", "b", "c", "d")
 TEMPERATURE = 1.5
@@ -90,3 +92,42 @@ def test_embeddings_are_what_the_last_layer_turns_into_votes(predictor):
     assert torch.allclose(again, predictor.logits(batch), atol=1e-2)
     assert predictor.predict(batch).embeddings is None
     assert predictor.predict(pixels(0), with_embeddings=True).embeddings.shape == (0, votes.in_features)
+
+
+def test_onnx_runtime_and_torch_agree(predictor):
+    assert predictor.backend.startswith("onnxruntime ")
+    eager = Predictor(replace(predictor.bundle, graph=None), top_k=3)
+    assert eager.backend.startswith(f"torch {torch.__version__} cpu")
+    batch = pixels(7)
+    assert torch.allclose(predictor.logits(batch), eager.logits(batch), atol=1e-5)
+    one, other = (p.predict(batch, with_embeddings=True) for p in (predictor, eager))
+    assert (one.labels == other.labels).all()
+    assert one.embeddings.astype(np.float32) == pytest.approx(other.embeddings.astype(np.float32), rel=1e-2, abs=1e-3)
+    assert eager.predict(pixels(0), with_embeddings=True).embeddings.shape == other.embeddings[:0].shape
+
+
+def test_a_graph_that_is_not_the_bundles_model_is_not_used_and_the_backend_says_why(predictor):
+    good = predictor.bundle
+    other = build("classic", len(NAMES), good.spec, seed=1).eval()
+    for graph, why in (
+        (b"no graph", "onnxruntime cannot run model.onnx"),
+        (_export(good.classifier, "0" * 64), "made from other weights"),
+        (_export(other, good.weights_sha256), "model.onnx differs from torch: image 0: a logit moved"),
+    ):
+        eager = Predictor(replace(good, graph=graph))
+        assert eager.backend.startswith("torch ")
+        assert why in eager.backend
+        assert torch.allclose(eager.logits(pixels(3)), predictor.logits(pixels(3)), atol=1e-5)
+
+
+def test_onnx_runtime_takes_as_many_threads_as_torch(predictor):
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        options = Predictor(predictor.bundle)._backend._session.get_session_options()
+        assert options.intra_op_num_threads == threads
+    torch.set_num_threads(before)
+
+
+def test_labels_of_a_gpu_are_held_to_half_precision():
+    assert [precision_on(device) for device in ("cpu", "cuda", "cuda:1")] == ["float32", "float16", "float16"]

@@ -36,7 +36,6 @@ class Session:
             BundleError: ONNX Runtime cannot run it here, or it was made from other weights.
         """
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as failures  # pyright: ignore
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -44,11 +43,8 @@ class Session:
         options.log_severity_level = 4  # what fails is raised as well
         # A thread that spins while it waits takes a CPU from the decoders beside it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        failed = (failures.Fail, failures.InvalidGraph, failures.InvalidProtobuf, failures.NotImplemented)
-        try:
+        with _refusals():
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except (*failed, failures.InvalidArgument, failures.RuntimeException, RuntimeError) as error:
-            raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot run {GRAPH}: {one_line(error)}") from None
         if self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS_KEY) != weights_sha256:
             raise BundleError(f"{GRAPH} was made from other weights")
         self.name = f"onnxruntime {onnxruntime.__version__} cpu"
@@ -60,11 +56,32 @@ class Session:
         return found[0], found[1] if with_embeddings else None
 
     def check(self, selftest: SelfTest) -> None:
-        """Repeat the self-test; BundleError if a logit or a best class moved."""
+        """Repeat the self-test.
+
+        Raises:
+            BundleError: a logit or a best class moved, or not every size of batch can be run.
+        """
         # The first image alone, so that a graph for one size of batch is not taken for one of any.
         parts = [part for part in (selftest.pixels[:1], selftest.pixels[1:]) if len(part)]
-        if moved := selftest.difference(torch.cat([self(part)[0] for part in parts])):
+        with _refusals():
+            found = [self(part)[0] for part in parts]
+        if [len(logits) for logits in found] != [len(part) for part in parts]:
+            raise BundleError(f"{GRAPH} was made for another size of batch")
+        logits = torch.cat(found)
+        if moved := selftest.difference(logits):
             raise BundleError(f"{GRAPH} differs from torch: {moved}")
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What ONNX Runtime raises, which has no class in common, as a BundleError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort  # pyright: ignore[reportAttributeAccessIssue]
+
+    failed = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented)
+    try:
+        yield
+    except (*failed, ort.RuntimeException, RuntimeError) as error:
+        raise BundleError(f"onnxruntime cannot run {GRAPH}: {one_line(error)}") from None
 
 
 def graph_files(classifier: Classifier, selftest: SelfTest, weights_sha256: str) -> dict[str, bytes]:
@@ -89,6 +106,8 @@ class _WithEmbeddings(nn.Module):
         self.classifier = classifier
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # The exporter turns this on for itself, and would then print all of a graph that it cannot export.
+        torch._C._jit_set_onnx_log_enabled(False)
         return self.classifier.votes_and_embeddings(pixels)
 
 
@@ -101,8 +120,8 @@ def _export(classifier: Classifier, weights_sha256: str) -> bytes:
     spec, names, sink = classifier.spec, ("pixels", "logits", "embeddings"), io.BytesIO()
     example = torch.zeros((2, spec.height, spec.width, spec.channels), dtype=torch.uint8)
     try:
-        # It warns of being the older exporter, and prints the whole graph when it fails.
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()), _plain_attention():
+        # It warns of being the older exporter.
+        with warnings.catch_warnings(action="ignore"), _plain_attention():
             # By tracing: the exporter that is built on Dynamo takes 5 to 40 times as long and gives no faster graph.
             torch.onnx.export(
                 _WithEmbeddings(classifier).eval(),
@@ -114,7 +133,7 @@ def _export(classifier: Classifier, weights_sha256: str) -> bytes:
                 output_names=names[1:],
                 dynamic_axes={name: {0: "N"} for name in names},
             )
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise BundleError(f"it cannot be exported: {one_line(error)}") from None
     about = onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=WEIGHTS_KEY, value=weights_sha256)])
     # One protobuf message after another is both of them merged; so what is large needs no second copy.
