@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
-import pyarrow.dataset
 import pytest
 from conftest import LEAN_RAY, Demonstrated
 
@@ -40,6 +39,8 @@ pytestmark = pytest.mark.timeout(180)
 @pytest.mark.ray
 @pytest.mark.s3
 def test_every_held_out_image_has_one_label_and_the_accuracy_is_that_of_the_evaluation(demonstrated: Demonstrated):
+    import pyarrow.dataset  # and with it pandas
+
     report, packed = demonstrated.report, open_collection(f"{demonstrated.store}/packed")
     held_out = sum(s.rows for s in packed.select("test", Counter()))
     rows = pyarrow.dataset.dataset(f"{report.labels}/labels").to_table().to_pylist()
@@ -143,10 +144,10 @@ def all_gone(processes: list[psutil.Process], seconds: float) -> bool:
     return not alive(processes)
 
 
-def started(folder: Path, temporary: Path) -> subprocess.Popen[str]:
+def started(data: Path, folder: Path, temporary: Path) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
     return subprocess.Popen(
-        [RAYCNN, "demo", "--dir", str(folder)],
+        [RAYCNN, "demo", "--data", str(data), "--dir", str(folder)],
         env=environment | LEAN_RAY | {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -189,15 +190,10 @@ def short_tmp() -> Iterator[Path]:
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_killed_or_interrupted_it_leaves_no_process_and_no_temporary_folder(tmp_path: Path, short_tmp: Path):
-    killed = started(tmp_path / "demo", short_tmp)
-    family = family_at(killed, "1/7", "weed")
-    killed.kill()
-    killed.wait()
-    assert all_gone(family, 10), alive(family)
-
-    interrupted = started(tmp_path / "demo", short_tmp)
+def test_interrupted_it_leaves_no_process_and_no_temporary_folder(stripes: Path, tmp_path: Path, short_tmp: Path):
+    interrupted = started(stripes, tmp_path / "demo", short_tmp)
     family = family_at(interrupted, "starting Ray", "ray::")
+    assert any("weed" in _name(process) for process in family)
     interrupted.send_signal(signal.SIGINT)
     assert interrupted.stderr is not None
     said = interrupted.stderr.read().splitlines()

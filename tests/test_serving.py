@@ -25,12 +25,10 @@ from PIL import Image
 
 import raycnn
 from raycnn import bundle as bundles
-from raycnn import serving
 from raycnn.config import ImageSpec, absolute
 from raycnn.errors import Bad, BundleError, ConfigError
 from raycnn.models import build
 from raycnn.predictor import Predictor
-from raycnn.serving import named_bundles
 
 CLASSES = ("cat", "dog", "eel")
 RAYCNN = Path(sys.executable).with_name("raycnn")
@@ -236,7 +234,10 @@ def test_ctrl_c_ends_the_endpoint_without_another_word(process, endpoint):
         endpoint.get("/livez")
 
 
+@pytest.mark.slow  # for the import of Ray Serve, as below
 def test_sigterm_is_as_good_as_ctrl_c():
+    from raycnn import serving
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the endpoint does not hear it"))
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -249,12 +250,16 @@ def test_sigterm_is_as_good_as_ctrl_c():
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_thread_that_hears_no_signal_is_told_before_anything_is_deployed():
     with ThreadPoolExecutor() as pool, pytest.raises(ConfigError, match="call it from the main thread"):
         pool.submit(raycnn.serve, "no/such/bundle").result()
 
 
+@pytest.mark.slow
 def test_bundles_are_named_by_their_argument_or_their_folder():
+    from raycnn.serving import named_bundles
+
     assert named_bundles(("a/b/", "x=c/d")) == {"b": absolute("a/b"), "x": absolute("c/d")}
     dated = "s3://bucket/date=2026-01-01/bundle"
     assert named_bundles((dated, f"x={dated}")) == {"bundle": dated, "x": dated}
@@ -263,6 +268,7 @@ def test_bundles_are_named_by_their_argument_or_their_folder():
         named_bundles(("a/b", "c/b"))
 
 
+@pytest.mark.slow
 def test_a_bundle_with_a_changed_byte_is_not_served(bundle, tmp_path):
     for file in Path(bundle).rglob("*"):
         if file.is_file():
