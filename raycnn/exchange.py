@@ -29,7 +29,9 @@ from raycnn.storage import contains, open_store
 
 VERSION = 1
 FILE_BYTES = 128 * MIB
-"""Parts of so many bytes become one file."""
+"""Aimed size of a file."""
+KEPT = 0.78
+"""Share of the parts' bytes that is left when they are one file; embeddings stay as large as they are."""
 GROUP_BYTES = 64 * MIB
 """Rows that are written as one row group, in bytes of Arrow memory."""
 READ_THREADS = 8
@@ -222,7 +224,7 @@ class _Export:
                     f"{self._labels.store.address()}: {ref.name} has no embeddings; label with --embeddings to "
                     "another output, or export without"
                 )
-            own = self._labels.bytes_of(ref) + embeddings.get(ref.name, 0)
+            own = round(self._labels.bytes_of(ref) * KEPT) + embeddings.get(ref.name, 0)
             if group and size + own > FILE_BYTES:
                 yield group
                 group, size = [], 0

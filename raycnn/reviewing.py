@@ -18,7 +18,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 from raycnn import images
 from raycnn.config import ReviewConfig
 from raycnn.errors import Bad, ConfigError, DataError, Status
-from raycnn.exchange import READ_THREADS, FinishedLabels
+from raycnn.exchange import READ_THREADS, FinishedLabels, Progress
 from raycnn.ledger import UnitRef, fingerprint_id
 from raycnn.reporting.lettering import shortened, written
 from raycnn.shards import Slice, open_collection, path_order
@@ -56,8 +56,6 @@ TOP = MARGIN + 96
 
 Colour = tuple[int, int, int]
 INK, QUIET, FRAME, GROUND, WARNING = (23, 28, 38), (98, 106, 120), (214, 218, 226), (240, 242, 246), (178, 24, 43)
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,7 @@ def contact_sheet(shown: Sequence[Shown], rows: int) -> bytes:
     draw = ImageDraw.Draw(sheet)
     count = f"The {len(drawn)}" if len(drawn) == len(shown) else f"The first {len(drawn)} of {len(shown)}"
     _text(draw, MARGIN, MARGIN, f"{count} images most worth a look, of {rows:,} labelled", 36)
-    note = "p: probability of the class    m: margin to the next best class    abstained: too unsure for a label"
+    note = "p: probability of the class    m: margin to the next best class    red, with ?: the model has abstained"
     _text(draw, MARGIN, MARGIN + 50, note, 20, QUIET)
     for i, one in enumerate(drawn):
         x, y = MARGIN + i % COLUMNS * (CELL + GAP), TOP + i // COLUMNS * (CELL_HEIGHT + GAP)
@@ -343,13 +341,14 @@ def _cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, number:
     draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=GROUND, outline=FRAME)
     picture = _scaled(Image.open(io.BytesIO(shown.seen)).convert("RGB"), CELL - 2)
     sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
+    draw.rectangle((x, y, x + 8 + 9 * len(str(number)), y + 21), fill="white", outline=FRAME)
+    _text(draw, x + 5, y + 5, str(number), 15)
     pick, below = shown.pick, y + CELL + 8
     name = f"{pick.class_name}?" if pick.is_abstained else pick.class_name
-    _text(draw, x, below, shortened(name, 22, CELL), 22)
-    sure = f"p {pick.probability:.2f}  m {pick.margin:.2f}" + "  abstained" * pick.is_abstained
-    _text(draw, x, below + 28, shortened(sure, 17, CELL), 17, WARNING if pick.is_abstained else INK)
+    _text(draw, x, below, shortened(name, 22, CELL), 22, WARNING if pick.is_abstained else INK)
+    _text(draw, x, below + 28, f"p {pick.probability:.2f}   m {pick.margin:.2f}", 17)
     _text(draw, x, below + 51, shortened(f"or {pick.second}" if pick.second else "", 17, CELL), 17, QUIET)
-    _text(draw, x, below + 74, shortened(f"{number}  {pick.key}", 15, CELL, keep_end=True), 15, QUIET)
+    _text(draw, x, below + 74, shortened(pick.key, 15, CELL, keep_end=True), 15, QUIET)
 
 
 def _text(draw: ImageDraw.ImageDraw, x: int, y: int, words: str, size: int, colour: Colour = INK) -> None:

@@ -33,7 +33,7 @@ def photos(tmp_path: Path) -> str:
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """About three parts a file."""
-    monkeypatch.setattr(exchange, "FILE_BYTES", 12_000)
+    monkeypatch.setattr(exchange, "FILE_BYTES", 9_000)
     monkeypatch.setattr(exchange, "GROUP_BYTES", 500)
 
 
