@@ -107,6 +107,14 @@ def exif(orientation):
     return block
 
 
+def run_length_bmp(height, width, runs):
+    """Of two colours, orange and blue. A run is its length and colour; lines are stored from the bottom."""
+    palette = bytes([*ORANGE[::-1], 0, *BLUE[::-1], 0])
+    offset = 54 + len(palette)
+    file = struct.pack("<2sIHHI", b"BM", offset + len(runs), 0, 0, offset)
+    return file + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 2, 0) + palette + runs
+
+
 def many_scans(encoded, count):
     """A progressive JPEG whose last scan comes again and again: each a pass over all pixels, in 14 bytes."""
     last = encoded.rindex(b"\xff\xda")
@@ -207,6 +215,7 @@ def _bombs():
         "pixel-bomb.webp": b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + 2 * (29_999).to_bytes(3, "little"),
         "pixel-bomb.tif": tiff(one, 8, size=30_000),
         "pixel-bomb-tile.tif": tiff(one, 8, tile=30_000),
+        "run-length-bomb.bmp": run_length_bmp(10_000, 10_000, b"\1\0\0\0" * 10_000),  # each line is filled up
         "thousand-scans.jpg": many_scans(encode(flag(), "JPEG", progressive=True), 1000),
     }
     bomb = zlib.compress(bytes(20 << 20), 1)
@@ -294,6 +303,9 @@ def _samples():
         "jpeg-inside.tif": Hazard(encode(flag(), "TIFF", compression="jpeg", quality=95), Status.OK, tolerance=12),
         "palette.png": Hazard(encode(palette, "PNG"), Status.OK),
         "palette.bmp": Hazard(encode(palette, "BMP"), Status.OK),
+        "run-length.bmp": Hazard(
+            run_length_bmp(HEIGHT, WIDTH, b"\x30\0\0\0" * 16 + b"\x10\1\x20\0\0\0" * 16), Status.OK
+        ),
         **{name: Hazard(file, Status.OK, **of_gray) for name, file in grays.items()},
         **{
             name: Hazard(file, Status.OK, centre=(255, 255, 255), corner=(0, 0, 0))

@@ -13,7 +13,8 @@ the box. The rules, all decided by the content and never by a file's name:
 - A file that ends early is `truncated`. A JPEG that is damaged inside is what libjpeg makes of it, as in
   other viewers, and `undecodable` only where that is nothing.
 - What would take memory or time out of all proportion is `too_large` by its header: see `Limits`; and a
-  JPEG of more than 100 scans, each of which is a pass over all pixels.
+  JPEG of more than 100 scans, each of which is a pass over all pixels; and a run-length coded BMP of more
+  than 10 million px or bytes.
 
 What a decoder raises becomes a `Bad`. One that crashes or hangs needs a process of its own: `images.isolated`.
 """

@@ -69,6 +69,9 @@ _ERRORS = (
 # and may be 14 bytes long: a hundred over the most pixels that are allowed take seconds, a thousand a minute.
 _MAX_SCANS = 100
 
+# Pixels or bytes of a run-length coded BMP, which Pillow decodes in Python: one to four million of them in a second.
+_MAX_RUN_LENGTH = 10_000_000
+
 
 class Header(NamedTuple):
     """What a file's first bytes say. `channels` is 1 for grayscale without transparency, else 3."""
@@ -163,7 +166,7 @@ def _open_with_pillow(encoded: bytes, name: str, limits: Limits) -> File | Bad:
         tile = _check_tiff(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else (0, 0)
     except _ERRORS as error:
         return _bad(name, encoded, error)
-    if bad := _too_large(*tile, limits):
+    if bad := _too_large(*tile, limits) or _too_slow(image, len(encoded)):
         return bad
     if name == "TIFF":
         image.info.pop("xmp", None)  # Pillow turns TIFFs itself, and would go by this where EXIF is missing
@@ -172,6 +175,13 @@ def _open_with_pillow(encoded: bytes, name: str, limits: Limits) -> File | Bad:
     gray = _is_deep(image) or image.mode in ("1", "L")
     channels = 1 if gray and "transparency" not in image.info else 3
     return _file(encoded, name, (image.height, image.width, channels), structure.orientation(exif), image)
+
+
+def _too_slow(image: ImageFile.ImageFile, size: int) -> Bad | None:
+    amount = max(image.width * image.height, size)
+    if amount <= _MAX_RUN_LENGTH or not image.tile or image.tile[0].codec_name != "bmp_rle":
+        return None
+    return Bad(Status.TOO_LARGE, f"run-length coded BMP of {amount} px or bytes, the limit is {_MAX_RUN_LENGTH}")
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
