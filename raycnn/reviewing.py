@@ -251,7 +251,7 @@ def _piece(slices: Sequence[Slice], row: int) -> Slice:
 
 def _file_name(number: int, key: str, format: str) -> str:
     stem = re.split(r"[/:]", key)[-1]
-    stem = re.sub(r"[^\w.-]", "_", stem.rpartition(".")[0] or stem)[-80:]
+    stem = re.sub(r"[^\w.-]", "_", re.sub(r"\.\w{1,5}$", "", stem))[-80:]
     return f"images/{number:04d}-{stem}.{'jpg' if format == 'JPEG' else format.lower()}"
 
 

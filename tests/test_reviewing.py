@@ -4,11 +4,13 @@ import base64
 import csv
 import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from label_output import CLASSES, make_labels, png
@@ -77,6 +79,30 @@ def test_the_images_are_those_of_the_collection(photos, tmp_path):
     for number, (file, line) in enumerate(zip(files, lines, strict=True), 1):
         assert file.name == f"{number:04d}-{Path(line['key']).stem}.png"
         assert file.read_bytes() == (Path(photos) / line["key"]).read_bytes()
+
+
+def parquet(folder: Path) -> None:
+    """Several rows a slice, whose keys are their places."""
+    pq.write_table(pa.table({"image": [png(i) for i in range(40)]}), folder / "all.parquet", row_group_size=7)
+
+
+def tar(folder: Path) -> None:
+    with tarfile.open(folder / "all.tar", "w") as file:
+        for i in range(40):
+            info = tarfile.TarInfo(f"{i:03d}.png")
+            info.size = len(png(i))
+            file.addfile(info, io.BytesIO(png(i)))
+
+
+@pytest.mark.parametrize("source", [parquet, tar])
+def test_images_inside_of_larger_objects_are_found(source, tmp_path):
+    (tmp_path / "data").mkdir()
+    source(tmp_path / "data")
+    make_labels(str(tmp_path / "data"), str(tmp_path / "labels"), per_unit=3)
+    report, lines = review(tmp_path / "labels", tmp_path / "review", count=12)
+    assert (report.rows, report.picked) == (40, 12)
+    for file, line in zip(sorted((tmp_path / "review" / "images").iterdir()), lines, strict=True):
+        assert file.read_bytes() == png(int(line["key"].partition("#")[2].partition(":")[0]))
 
 
 def test_label_studio_gets_tasks_with_predictions_and_an_interface_with_every_class(photos, tmp_path):
