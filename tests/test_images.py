@@ -2,6 +2,7 @@ import base64
 import hashlib
 import io
 import itertools
+import os
 import signal
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import warnings
 import zlib
 
 import numpy as np
+import psutil
 import pytest
 from hazards import encode, exif, hazards, many_scans, png_chunk, tiff, with_jpeg_segment, with_png_chunks
 from hypothesis import HealthCheck, given, settings
@@ -402,6 +404,10 @@ def test_an_image_that_crashes_or_hangs_the_decoder_costs_no_other(planted, capf
             bad = isolated.pixels(good + f"planted {plant}".encode(), spec)
             assert bad == Bad(Status.CRASHED, f"decoding ended its process with {said}")
         assert isolated.pixels(good + b"planted hang", spec) == Bad(Status.TIMEOUT, "not decoded in 1 s")
+        isolated.pixels(good, spec)
+        (idle,) = (child for child in psutil.Process().children() if "raycnn.images.isolated" in child.cmdline())
+        idle.kill()
+        os.waitid(os.P_PID, idle.pid, os.WEXITED | os.WNOWAIT)  # nobody else has heard of it
         assert np.array_equal(isolated.pixels(good, spec), pixels(good, spec))
     assert capfd.readouterr().out == ""
 

@@ -56,6 +56,8 @@ class Isolated:
 
         RaycnnError where no child can be started, which is no image's fault.
         """
+        if self._child and self._child.poll() is not None:  # somebody has killed it between two images
+            self._stop()
         child = self._child or self._start()
         request = _frame(spec.model_dump_json().encode(), encoded or b"")
         try:
