@@ -8,6 +8,11 @@ import yaml
 from raycnn import models
 from raycnn.models import Classifier
 
+_GRAPH = """
+
+model.onnx is the same model for ONNX Runtime: `pixels`, uint8 (N, height, width, channels), become `logits` and
+`embeddings`; it normalises them itself."""
+
 
 def architecture_keys(classifier: Classifier, names: tuple[str, ...]) -> dict[str, Any]:
     """The keys under which timm and the Hugging Face Hub expect an architecture and its classes."""
@@ -32,8 +37,8 @@ def architecture_keys(classifier: Classifier, names: tuple[str, ...]) -> dict[st
     }
 
 
-def model_card(config: Mapping[str, Any]) -> str:
-    """README.md: Hugging Face front matter, a table of what is in config.json, how to use it."""
+def model_card(config: Mapping[str, Any], with_graph: bool) -> str:
+    """README.md: Hugging Face front matter, a table of what is in config.json, how to use it (and model.onnx)."""
     spec, names, metrics = config["image_spec"], config["label_names"], config["metrics"]
     front: dict[str, Any] = {
         "pipeline_tag": "image-classification",

@@ -118,7 +118,7 @@ def save(
         "parameters": models.count_parameters(classifier),
         "versions": _versions(),
     }
-    files[CARD] = model_card(config).encode()
+    files[CARD] = model_card(config, GRAPH in files).encode()
     config["files"] = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
     config["sha256"] = _sha256_of(config)
     store = open_store(url)
