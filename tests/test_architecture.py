@@ -109,47 +109,51 @@ def test_the_layer_test_can_fail():
     assert violations("errors", {"numpy.array"})
 
 
-def fresh(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+IMPORT = """
+import os, sys, logging, importlib, pkgutil
+before = dict(os.environ), list(logging.getLogger().handlers)
+import raycnn
+for layer in sys.argv[1:]:
+    for name in layer.split():
+        importlib.import_module("raycnn." + name)
+    print(sorted({"torch", "ray"} & sys.modules.keys()))
+for module in pkgutil.iter_modules(raycnn.__path__):
+    if module.name != "autoscaling":
+        importlib.import_module("raycnn." + module.name)
+changed = {name for name in os.environ if os.environ[name] != before[0].get(name)}
+print(sorted(name for name in changed if not name.startswith(("KMP_", "TORCHINDUCTOR", "RAY_CLIENT"))))
+print(list(logging.getLogger().handlers) == before[1])
+print(all(callable(getattr(raycnn, verb)) for verb in raycnn.__all__ if verb != "__version__"))
+"""
+"""Layer after layer, and then all that is left: importing torch takes seconds, so one process shows everything."""
 
 
-@pytest.mark.slow
-def test_layers_below_ray_import_without_ray():
-    names = ", ".join(f"raycnn.{m}" for layer in LAYERS[:3] for m in sorted(layer))
-    assert "False" in fresh(f"import sys, {names}; print('ray' in sys.modules)")
-
-
-def test_layers_below_torch_import_without_torch():
-    names = ", ".join(f"raycnn.{m}" for layer in LAYERS[:2] for m in sorted(layer))
-    assert "False False" in fresh(f"import sys, {names}; print('ray' in sys.modules, 'torch' in sys.modules)")
-
-
-@pytest.mark.slow
-def test_importing_everything_changes_nothing(tmp_path):
-    code = (
-        "import os, sys, logging, importlib, pkgutil\n"
-        "before = dict(os.environ), list(logging.getLogger().handlers)\n"
-        "import raycnn\n"
-        "for m in pkgutil.iter_modules(raycnn.__path__):\n"
-        "    if m.name != 'autoscaling': importlib.import_module('raycnn.' + m.name)\n"
-        "changed = {k for k in os.environ if os.environ[k] != before[0].get(k)}\n"
-        "print(sorted(k for k in changed if not k.startswith(('KMP_', 'TORCHINDUCTOR', 'RAY_CLIENT'))))\n"
-        "print(list(logging.getLogger().handlers) == before[1])\n"
-        "print(all(callable(getattr(raycnn, v)) for v in raycnn.__all__ if v != '__version__'))\n"
-    )
+@pytest.fixture(scope="module")
+def imported_afresh(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a fresh interpreter says while it imports the three lowest layers, and then everything."""
+    folder = tmp_path_factory.mktemp("afresh")
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", IMPORT, *(" ".join(sorted(layer)) for layer in LAYERS[:3])],
         capture_output=True,
         text=True,
         timeout=100,
-        cwd=tmp_path,
-        check=True,
+        cwd=folder,
+        check=False,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
     )
-    assert done.stdout.splitlines() == ["[]", "True", "True"]
-    assert list(tmp_path.iterdir()) == []
+    assert done.returncode == 0, done.stderr
+    assert list(folder.iterdir()) == []
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_layers_below_torch_import_without_torch_and_those_below_ray_without_ray(imported_afresh):
+    assert imported_afresh[:3] == ["[]", "[]", "['torch']"]
+
+
+@pytest.mark.slow
+def test_importing_everything_changes_nothing(imported_afresh):
+    assert imported_afresh[3:] == ["[]", "True", "True"]
 
 
 def test_no_module_hides_behind_an_empty_name():

@@ -19,6 +19,8 @@ from raycnn.loop import Batch, Trainer, evaluate
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
 
+pytestmark = pytest.mark.slow  # the first optimizer imports torch._dynamo, which takes seconds
+
 SPEC = ImageSpec(height=8, width=8, channels=1, crop=1.0, mean=(0.45,), std=(0.22,))
 CLASSES = 3
 ROWS = 37
@@ -87,7 +89,6 @@ def ranks(tmp_path_factory) -> dict[tuple[int, int], dict[str, Tensor]]:
     return {(w, r): torch.load(folder / f"{w}-{r}.pt", weights_only=True) for w in SHARES for r in range(w)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARES)
 def test_evaluation_counts_every_row_once_on_any_number_of_processes(ranks, world):
     alone = evaluate(classic(), [images(ROWS)], CLASSES)
@@ -100,7 +101,6 @@ def test_evaluation_counts_every_row_once_on_any_number_of_processes(ranks, worl
         assert found.ece == pytest.approx(alone.ece, rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARES)
 def test_a_step_is_that_of_the_whole_batch_however_it_is_spread(ranks, world):
     model = classic()
@@ -111,7 +111,6 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_spread(ranks, world):
             torch.testing.assert_close(ranks[world, rank][f"classic.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world", "empty"), [(2, 0), (3, 1)])
 def test_a_rank_without_rows_teaches_batch_normalisation_nothing(ranks, world, empty):
     untouched = restless().net.get_buffer("1.running_mean")
@@ -121,7 +120,6 @@ def test_a_rank_without_rows_teaches_batch_normalisation_nothing(ranks, world, e
     assert torch.equal(learned, untouched) == (empty == 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARES)
 def test_ranks_count_with_the_running_statistics_of_rank_0(ranks, world):
     model = restless()
