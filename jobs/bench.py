@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.measuring import where
 
 BENCHMARKS = {
+    "backends": "one core: classic, mobilenet_v3_small and resnet18 by torch, torch.compile and ONNX Runtime",
     "fuzz": "a million damaged files through raycnn.images.pixels: what they become, and the matrix of hazards",
     "images": "one core: raycnn.images against bare decoding and torchvision's transform",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",

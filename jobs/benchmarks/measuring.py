@@ -49,10 +49,12 @@ def encode(array: Any, form: str, mode: str | None = None, **options: Any) -> by
     return file.getvalue()
 
 
-def cpu_rates(tasks: Mapping[str, tuple[Callable[[Any], object], list[Any]]]) -> dict[str, list[float]]:
+def cpu_rates(
+    tasks: Mapping[str, tuple[Callable[[Any], object], list[Any]]], rounds: int = ROUNDS
+) -> dict[str, list[float]]:
     """Calls per second of CPU time, task after task in turn, so that a busy machine slows all alike."""
     rates: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for name, (call, items) in tasks.items():
             start = time.process_time()
             for item in items:
