@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray") or item.get_closest_marker("s3"):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.name != "test_jobs.py")
+    items.sort(key=lambda item: (item.path.name != "test_jobs.py", not _shares(item.path.name)))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoProcesses:
@@ -93,15 +93,15 @@ def s3_url(s3: S3Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3: S3Server) -> Iterator[None]:
-    """A local cluster of 2 CPUs for the whole session; its workers know the S3 server."""
+def ray_cluster(s3: S3Server) -> Iterator[str]:
+    """The address of a local cluster of 2 CPUs for the whole session; its workers know the S3 server."""
     import ray
 
     from raycnn import data
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     data.connect()
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
@@ -144,7 +144,7 @@ def _striped(rng: np.random.Generator, side: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def demonstrated(
-    s3: S3Server, ray_cluster: None, stripes: Path, tmp_path_factory: pytest.TempPathFactory
+    s3: S3Server, ray_cluster: str, stripes: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Demonstrated:
     """The demo, run twice against the S3 server and the cluster of the session: its training serves others, too."""
     from raycnn.config import DemoConfig, make

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from raycnn import cli
 from raycnn.config import VERBS, Verb, VerbConfig
@@ -15,6 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 def failing(settings: VerbConfig) -> None:
     """A verb that fails in a worker: in a task, in the constructor of an actor, in a pipeline, or there by a bug."""
+    import ray
 
     class Actor:
         def __init__(self) -> None:
@@ -68,5 +68,7 @@ def test_an_error_in_a_worker_is_told_like_one_here(
 
 @pytest.mark.usefixtures("broken")
 def test_a_bug_in_a_worker_keeps_its_traceback():
+    import ray
+
     with pytest.raises(ray.exceptions.RayTaskError, match="no such column"):
         cli.run(["verify", "bug"])

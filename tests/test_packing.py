@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 import raycnn
@@ -169,10 +168,10 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_pack_that_was_killed_resumes_and_keeps_what_was_done(tmp_path):
+def test_a_pack_that_was_killed_resumes_and_keeps_what_was_done(ray_cluster, tmp_path):
     source = fill(str(tmp_path / "raw"), {f"c{i % 2}/{i}.png": os.urandom(700_000) for i in range(16)})
     command = [RAYCNN, "pack", source, str(tmp_path / "packed"), "--shard-mib", "1"]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = os.environ | {"RAY_ADDRESS": ray_cluster}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     parts = tmp_path / "packed" / "_pack" / "parts"
     while process.poll() is None and not (parts.exists() and len(list(parts.glob("*.json"))) >= 2):

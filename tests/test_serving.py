@@ -149,11 +149,9 @@ def test_a_bundle_for_other_classes_than_the_data_is_refused(bundle, tmp_path):
 @pytest.fixture(scope="module")
 def process(bundle, ray_cluster) -> Iterator[subprocess.Popen[str]]:
     """`raycnn serve`, which has said that it is ready."""
-    import ray
-
     (port,) = free_ports(1)
     command = [RAYCNN, "serve", "--bundle", f"photos={bundle}", "--port", str(port), "--max-bytes", "100000", "--json"]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = os.environ | {"RAY_ADDRESS": ray_cluster}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
