@@ -16,6 +16,8 @@ from raycnn.ledger import Plan, label_ledger
 from raycnn.s3local import S3Server
 from raycnn.storage import Store, aws, open_store
 
+pytestmark = pytest.mark.s3
+
 DATA = b"0123456789" * 10_000
 
 
