@@ -59,7 +59,7 @@ def cpu_rates(
             start = time.process_time()
             for item in items:
                 call(item)
-            rates[name].append(round(len(items) / (time.process_time() - start), 1))
+            rates[name].append(float(f"{len(items) / (time.process_time() - start):.4g}"))
     return {name: rate[1:] for name, rate in rates.items()}  # the first round warms up
 
 
