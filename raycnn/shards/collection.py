@@ -112,9 +112,8 @@ class Collection(ABC):
         if split != "all" and split not in self.splits:
             have = ", ".join(self.splits) or "none; use all, or pack it first"
             raise DataError(f"{self.store.address()}: no split {split!r} in this {self.layout}; its splits: {have}")
-        for piece in self.slices(skipped, exclude):
-            if split == "all" or self.split_of(piece) == split:
-                yield piece
+        pieces = self.slices(skipped, exclude)
+        yield from pieces if split == "all" else (piece for piece in pieces if self.split_of(piece) == split)
 
     def objects(self, skipped: Counter[str], excludes: "Excludes | None" = None, prefix: str = "") -> Iterator[Entry]:
         """The objects that count as images or shards: no folder markers, no hidden names, nothing excluded."""
@@ -137,6 +136,8 @@ class Excludes:
 
     def match(self, path: str) -> bool:
         """Whether any pattern matches; `*` matches `/` too."""
+        if not self._patterns:
+            return False
         matching = [p for p in self._patterns if fnmatch.fnmatchcase(path, p)]
         self._unused.difference_update(matching)
         return bool(matching)
@@ -160,7 +161,7 @@ class Excludes:
 
 def is_hidden(path: str) -> bool:
     """Folder markers, and names of which any part starts with a dot or an underscore."""
-    return path.endswith("/") or any(part.startswith((".", "_")) for part in path.split("/"))
+    return path.startswith((".", "_")) or "/." in path or "/_" in path or path.endswith("/")
 
 
 def path_order(path: str) -> bytes:
@@ -193,12 +194,13 @@ def units(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
     """
     unit: list[Slice] = []
     rows = size = all_rows = all_bytes = 0
+    most_rows, most_bytes = FIRST_ROWS, FIRST_BYTES
     for piece in slices:
-        most_rows = min(UNIT_ROWS, max(FIRST_ROWS, all_rows // SHARE))
-        most_bytes = min(UNIT_BYTES, max(FIRST_BYTES, all_bytes // SHARE))
         if unit and (rows + piece.rows > most_rows or size + piece.bytes > most_bytes):
             yield unit
             all_rows, all_bytes = all_rows + rows, all_bytes + size
+            most_rows = min(UNIT_ROWS, max(FIRST_ROWS, all_rows // SHARE))
+            most_bytes = min(UNIT_BYTES, max(FIRST_BYTES, all_bytes // SHARE))
             unit, rows, size = [], 0, 0
         unit.append(piece)
         rows, size = rows + piece.rows, size + piece.bytes

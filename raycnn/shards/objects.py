@@ -68,6 +68,8 @@ class ObjectCollection(Collection):
             yield _whole(entry, self._label(entry.path))
 
     def _label(self, path: str) -> int:
+        if not self._index:
+            return -1
         parts = path.split("/")[1 if self._split_folders else 0 :]
         return self._index.get(parts[0], -1) if len(parts) > 1 else -1
 
