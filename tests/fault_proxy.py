@@ -105,14 +105,19 @@ class FaultProxy:
         """How often somebody wanted to delete or to copy."""
         return sum(seen.done == "refused" for seen in self.requests)
 
-    def on(self, method: str, key: str, stage: Stage, callback: Callable[[int], None], nth: int = 1) -> None:
-        """Call back with the client's port when the nth matching request comes to the stage.
+    def on(self, method: str, key: str, stage: Stage, callback: Callable[[int], None], nth: int | None = 1) -> None:
+        """Call back with the client's port when the nth matching request comes to the stage; None: each time.
 
         The request waits for the callback. If the client is gone then, the request is lost, and its body, of which
         the rest has come already, too.
         """
         with self._lock:
             self._hooks.append(_Hook(method, re.compile(key), stage, callback, nth))
+
+    def off(self, callback: Callable[[int], None]) -> None:
+        """Call this one no more."""
+        with self._lock:
+            self._hooks = [hook for hook in self._hooks if hook.callback != callback]
 
     def __enter__(self) -> Self:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -196,11 +201,13 @@ class _Hook:
     key: re.Pattern[str]
     stage: Stage
     callback: Callable[[int], None]
-    nth: int
+    nth: int | None
 
     def is_due(self, request: "_Request", stage: Stage) -> bool:
         if (stage, request.method) != (self.stage, self.method) or not self.key.search(request.key):
             return False
+        if self.nth is None:
+            return True
         self.nth -= 1
         return self.nth == 0
 
