@@ -15,6 +15,7 @@ from benchmarks.measuring import where
 
 BENCHMARKS = {
     "backends": "one core: classic, mobilenet_v3_small and resnet18 by torch, torch.compile and ONNX Runtime",
+    "chaos": "processes killed at every step of labeling, on a Ray cluster and an S3 server: no row lost, none doubled",
     "fuzz": "a million damaged files through raycnn.images.pixels: what they become, and the matrix of hazards",
     "images": "one core: raycnn.images against bare decoding and torchvision's transform",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",
@@ -27,6 +28,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("folder", nargs="?", help="real files, instead of synthetic ones")
+    parser.add_argument("--seed", type=int, help="of what is drawn at random, instead of the benchmark's own")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     arguments = parser.parse_args()
     benchmark = importlib.import_module(f"benchmarks.{arguments.benchmark}")
@@ -36,3 +38,4 @@ if __name__ == "__main__":
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(text + "\n")
+    sys.exit(bool(report.get("failed")))

@@ -1,0 +1,469 @@
+"""Kills at chosen moments of `raycnn label`, and what its output holds afterwards.
+
+What is counted comes from code that shares nothing with raycnn's own: obstore lists, tarfile and pyarrow read.
+"""
+
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import obstore
+import psutil
+import pyarrow.parquet as pq
+from fault_proxy import FaultProxy, Rule, Seen, Stage
+from PIL import Image
+
+from raycnn.s3local import S3Server
+
+RAYCNN = str(Path(sys.executable).with_name("raycnn"))
+BUCKET = "raycnn"
+DRIVER_S = 240
+"""A command that takes longer hangs."""
+CLASSES = ("cat", "dog", "eel")
+
+PART = r"/labels/fp=[^/]*/part-[^/]*\.parquet$"
+PLANS = r"/plan/"
+SUCCESS = r"/_SUCCESS-g0000\.json$"
+
+Kind = Literal["driver", "worker"]
+
+
+def images(count: int) -> dict[str, bytes]:
+    """Tiny images by key, PNG and JPEG; of each 50 one is empty, one is cut and one is text."""
+    rng, made = np.random.default_rng(0), dict[str, bytes]()
+    for i in range(count):
+        form, sink = ("PNG", "JPEG")[i % 2], io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(sink, form)
+        whole = sink.getvalue()
+        made[f"{i:05d}.{form.lower()}"] = {0: b"", 1: whole[: len(whole) // 2], 2: b"<html>"}.get(i % 50, whole)
+    return made
+
+
+def in_tar(files: dict[str, bytes]) -> bytes:
+    """The images as one tar."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return sink.getvalue()
+
+
+def make_bundle(folder: str) -> str:
+    """A classic CNN of random weights."""
+    from raycnn import bundle as bundles
+    from raycnn.config import ImageSpec
+    from raycnn.models import build
+
+    spec = ImageSpec(height=8, width=8, channels=1, crop=1.0, mean=(0.5,), std=(0.25,))
+    samples = [content for content in images(6).values() if len(content) > 60][:3]
+    classifier = build("classic", len(CLASSES), spec, seed=0).eval()
+    bundles.save(
+        folder, classifier, CLASSES, temperature=1.5, metrics={}, validation={}, samples=samples, data_fingerprint=None
+    )
+    return folder
+
+
+class Bucket:
+    """The server's objects, past the proxy."""
+
+    def __init__(self, server: S3Server) -> None:
+        self.server = server
+
+    @property
+    def _store(self) -> obstore.store.S3Store:
+        return obstore.store.S3Store(
+            BUCKET,
+            endpoint=self.server.endpoint,
+            access_key_id=self.server.access_key,
+            secret_access_key=self.server.secret_key,
+            region="us-east-1",
+            client_options={"allow_http": True},
+            virtual_hosted_style_request=False,
+        )
+
+    def put(self, files: dict[str, bytes]) -> None:
+        store = self._store
+        for key, content in files.items():
+            obstore.put(store, key, content)
+
+    def get(self, key: str) -> bytes:
+        return bytes(obstore.get(self._store, key).bytes())
+
+    def etags(self, prefix: str) -> dict[str, str]:
+        """The ETag, which is the content's digest, of each object below the prefix."""
+        return {o["path"]: o["e_tag"] or "" for page in obstore.list(self._store, prefix + "/") for o in page}
+
+
+@dataclass
+class Tally:
+    """Rows of an output against the images that there are; `altered` counts objects that were there and are not."""
+
+    expected: int = 0
+    present: int = 0
+    lost: int = 0
+    duplicate: int = 0
+    foreign: int = 0
+    altered: int = 0
+
+    def __iadd__(self, other: "Tally") -> "Tally":
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in vars(self).items())
+
+    @property
+    def is_right(self) -> bool:
+        return self.present == self.expected and not (self.lost or self.duplicate or self.foreign or self.altered)
+
+
+class Source(NamedTuple):
+    """A collection in the bucket."""
+
+    prefix: str
+    layout: Literal["flat", "tar", "packed"]
+
+    def keys(self, bucket: Bucket) -> Counter[str]:
+        """What has to have one row each."""
+        if self.layout == "flat":
+            return Counter(path.removeprefix(self.prefix + "/") for path in bucket.etags(self.prefix))
+        found = Counter[str]()
+        for path in bucket.etags(self.prefix):
+            name = path.removeprefix(self.prefix + "/")
+            if name.endswith(".tar"):
+                with tarfile.open(fileobj=io.BytesIO(bucket.get(path))) as tar:
+                    found.update(f"{name}#{i}:{member.name}" for i, member in enumerate(tar))
+            elif name.endswith(".parquet"):
+                found.update(pq.read_table(io.BytesIO(bucket.get(path)), columns=["key"])["key"].to_pylist())
+        return found
+
+
+@dataclass
+class Kill:
+    """What is to happen when the nth request of such a process comes to a stage."""
+
+    step: str
+    method: str
+    key: str
+    stage: Stage
+    of: Kind
+    """Whose request it is that is waited for."""
+    act: Callable[["Labeling", int], None]
+    """Is called with the run and the id of the process whose request it is, which waits."""
+    nth: int = 1
+    delay: float = 0.0
+    exits: tuple[int, ...] = (0,)
+    """How the driver may end, if it ends before its work does."""
+    mend: Callable[["Labeling"], None] = lambda run: None
+    """Is called by the main thread, a moment later."""
+    at_end: bool = False
+    """Whether `mend` waits until the driver has ended."""
+    held: threading.Event | None = None
+    """What the request itself waits for, after `act`."""
+
+
+class Killed(NamedTuple):
+    """A kill that has happened: what was in flight then."""
+
+    step: str
+    requests: int
+    """Length of the log."""
+    parts: frozenset[str]
+    """Those that were committed."""
+
+
+def shoot(pid: int) -> None:
+    """kill -9, and wait until nothing of the process is left."""
+    with suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        select.select([handle], [], [], 30)
+        os.close(handle)
+
+
+def shoot_sender(run: "Labeling", pid: int) -> None:
+    """The process whose request it is."""
+    del run
+    shoot(pid)
+
+
+def shoot_driver(run: "Labeling", pid: int) -> None:
+    """The driver, whosever request it is."""
+    del pid
+    shoot(run.driver)
+
+
+@dataclass
+class Labeling:
+    """One output, and the drivers that one after another work on it until one of them ends well."""
+
+    proxy: FaultProxy
+    bucket: Bucket
+    source: Source
+    out: str
+    bundle: str
+    environment: dict[str, str]
+    """Of the driver, over that of this process."""
+    options: tuple[str, ...] = ()
+    killed: list[Killed] = field(default_factory=list)
+    seen: dict[str, str] = field(default_factory=dict)
+    """The ETag of each object of the output when it was first seen."""
+    altered: set[str] = field(default_factory=set)
+    codes: list[int] = field(default_factory=list)
+    driver: int = 0
+
+    def __post_init__(self) -> None:
+        self._earlier: list[Seen] = []
+        self._first = len(self.proxy.requests)
+        self._folder = Path(self.bundle).parent
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._is_left = False
+
+    @property
+    def log(self) -> list[Seen]:
+        """The requests of this run."""
+        return self._earlier + self.proxy.requests[self._first :]
+
+    def obey(self, *rules: Rule) -> None:
+        """Have the proxy follow other rules, which forgets its log."""
+        self._earlier, self._first = self.log, 0
+        self.proxy.rules = rules
+
+    @property
+    def command(self) -> list[str]:
+        data, out = f"s3://{BUCKET}/{self.source.prefix}", f"s3://{BUCKET}/{self.out}"
+        return [RAYCNN, "label", data, out, "--bundle", self.bundle, *self.options]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """The driver, as a user starts it."""
+        with open(self._errors_of(len(self.processes)), "wb") as errors:
+            process = subprocess.Popen(
+                self.command,
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def _errors_of(self, number: int) -> Path:
+        return self._folder / f"driver-{number}.log"
+
+    def leave(self) -> None:
+        """Do not wait for the driver, which may go on: start another one."""
+        self._is_left = True
+
+    def last_words(self, process: subprocess.Popen[bytes]) -> str:
+        """What a driver has said at its end."""
+        text = self._errors_of(self.processes.index(process)).read_text("utf-8", "replace")
+        return " | ".join([line.strip() for line in text.split("\n") if line.strip()][-4:])[-600:]
+
+    @property
+    def refused(self) -> int:
+        """Requests that wanted to delete or to copy."""
+        return sum(request.done == "refused" for request in self.log)
+
+    def look(self) -> dict[str, str]:
+        """The output's ETags; what was seen before and is another, or gone, is noted."""
+        now = self.bucket.etags(self.out)
+        self.altered |= {path for path, etag in self.seen.items() if now.get(path) != etag}
+        self.seen = now | self.seen
+        return now
+
+    def work(self, kills: Iterable[Kill] = ()) -> None:
+        """Drivers, one after another, until one ends well; the kills happen one after another.
+
+        Raises:
+            AssertionError: a kill was not reached, or a driver has ended as none may.
+        """
+        waiting = [_Armed(self, kill) for kill in kills]
+        while True:
+            process = self.start()
+            self.driver = process.pid
+            last = self._accompany(process, waiting)
+            if self._is_left:
+                self._is_left = False
+                continue
+            self.codes.append(code := process.wait())
+            if waiting and waiting[0].finish():
+                last = waiting.pop(0)
+            if code == 0 and not waiting:
+                break
+            assert code in (last.kill.exits if last is not None else ()), self._ended(process)
+            assert code != 0, f"never reached: {', '.join(armed.kill.step for armed in waiting)}"
+        self.look()
+
+    def _accompany(self, process: subprocess.Popen[bytes], waiting: list["_Armed"]) -> "_Armed | None":
+        """Wait for a driver's end, kills meanwhile; the last of them."""
+        until, last = time.monotonic() + DRIVER_S, None
+        while process.poll() is None and not self._is_left:
+            is_ending = last is not None and 0 not in last.kill.exits
+            if waiting and not is_ending and waiting[0].advance():
+                last = waiting.pop(0)
+            if time.monotonic() > until:
+                shoot(process.pid)
+                raise AssertionError(f"hangs: {self.last_words(process)}")
+            time.sleep(0.02)
+        return last
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> str:
+        return f"driver ended with {process.poll()}: {self.last_words(process)}"
+
+    def note(self, step: str) -> None:
+        """A kill is about to happen."""
+        parts = frozenset(path for path in self.look() if re.search(PART, path))
+        self.killed.append(Killed(step, len(self.log), parts))
+
+    def tally(self) -> Tally:
+        """The output's rows against the source's images."""
+        now = self.look()
+        expected, rows = self.source.keys(self.bucket), Counter[str]()
+        for path in now:
+            if path.startswith(f"{self.out}/labels/"):
+                rows.update(pq.read_table(io.BytesIO(self.bucket.get(path)), columns=["key"])["key"].to_pylist())
+        return Tally(
+            expected=expected.total(),
+            present=sum(1 for key in expected if rows[key]),
+            lost=sum(1 for key in expected if not rows[key]),
+            duplicate=sum(n - 1 for n in rows.values()),
+            foreign=sum(1 for key in rows if key not in expected),
+            altered=len(self.altered),
+        )
+
+    def labels(self) -> dict[str, tuple[str, str | None]]:
+        """(status, class) by key."""
+        paths = [path for path in self.seen if re.search(PART, path)]
+        tables = [pq.read_table(io.BytesIO(self.bucket.get(p)), columns=["key", "status", "class_name"]) for p in paths]
+        return {row["key"]: (row["status"], row["class_name"]) for t in tables for row in t.to_pylist()}
+
+    def redone(self) -> "Redone":
+        """What was done more than once."""
+        puts = Counter(r.key for r in self.log if r.method == "PUT" and re.search(PART, r.key))
+        times, again, in_flight = Counter[int](), 0, 0
+        unit_of = self._units() if self.source.layout == "flat" else {}
+        reads = [(at, unit_of[r.key], r.key) for at, r in enumerate(self.log) if r.method == "GET" and r.key in unit_of]
+        for (unit, _), n in Counter((unit, key) for _, unit, key in reads).items():
+            times[unit] = max(times[unit], n)
+        for kill in self.killed:
+            finished = {int(re.findall(r"-(\d+)\.", path)[-1]) for path in kill.parts}
+            again += len({unit for at, unit, _ in reads if at >= kill.requests and unit in finished})
+            in_flight += len({unit for at, unit, _ in reads if at < kill.requests} - finished)
+        return Redone(sum(n - 1 for n in times.values()), sum(n - 1 for n in puts.values()), again, in_flight)
+
+    def bound(self, per_kill: int | None) -> int:
+        """How many units may be redone: those in flight, which are known of some layouts, and begun in others."""
+        kills = len(self.killed)
+        return self.redone().in_flight + kills if per_kill is None else per_kill * kills
+
+    def _units(self) -> dict[str, int]:
+        """The unit that holds each object of the source, as the plan has it."""
+        found, first = dict[str, int](), 0
+        for page in json.loads(self.bucket.get(f"{self.out}/plan/g0000.json"))["pages"]:
+            table = pq.read_table(io.BytesIO(self.bucket.get(f"{self.out}/{page['path']}")), columns=["unit", "path"])
+            found |= {f"{self.source.prefix}/{row['path']}": first + row["unit"] for row in table.to_pylist()}
+            first += len(page["unit_rows"])
+        return found
+
+
+class Redone(NamedTuple):
+    """Units that were done more than once."""
+
+    read: int
+    """Times that a unit was read beyond the first; of flat collections only, as the next two."""
+    put: int
+    """Times that a part was sent beyond the first."""
+    finished: int
+    """Units that were read again though they had been committed: none may be."""
+    in_flight: int
+    """Units that had been begun and not committed, over all kills: what may be redone."""
+
+
+class _Armed:
+    """A kill that waits for its moment, once it is the next."""
+
+    def __init__(self, run: Labeling, kill: Kill) -> None:
+        self.kill, self._run = kill, run
+        self._count, self._lock = 0, threading.Lock()
+        self._is_armed = self._is_mended = False
+        self._happened = threading.Event()
+        self._failed: BaseException | None = None
+
+    def advance(self) -> bool:
+        """Arm it, or mend what it has broken; whether it is over."""
+        if not self._is_armed:
+            self._is_armed = True
+            self._run.proxy.on(self.kill.method, self._pattern, self.kill.stage, self._met, nth=None)
+        if not self._happened.is_set() or (self.kill.at_end and not self._is_mended):
+            return False
+        return self.finish()
+
+    def finish(self) -> bool:
+        """Mend what it has broken, if it has happened; whether it has."""
+        if not self._happened.is_set():
+            return False
+        if self._failed is not None:
+            raise self._failed
+        if not self._is_mended:
+            self._is_mended = True
+            self.kill.mend(self._run)
+        return True
+
+    @property
+    def _pattern(self) -> str:
+        below = self._run.source.prefix if self.kill.method in ("GET", "LIST") else self._run.out
+        return f"^{re.escape(below)}{self.kill.key}"
+
+    def _met(self, port: int) -> None:
+        """Called on a thread of the proxy."""
+        if self._happened.is_set():
+            return
+        with self._lock:
+            if self._happened.is_set() or (pid := self._due(port)) is None:
+                return
+            self._run.proxy.off(self._met)
+            try:
+                time.sleep(self.kill.delay)
+                self._run.note(self.kill.step)
+                self.kill.act(self._run, pid)
+            except BaseException as error:
+                self._failed = error
+                raise
+            finally:
+                self._happened.set()
+        if self.kill.held is not None:
+            self.kill.held.wait()
+
+    def _due(self, port: int) -> int | None:
+        """The process that has sent the request, if it is the one that is waited for."""
+        self._count += 1
+        if self._count < self.kill.nth or not (pid := sender(port)):
+            return None
+        return pid if (pid == self._run.driver) == (self.kill.of == "driver") else None
+
+
+def sender(port: int) -> int:
+    """The process at the other end of a connection from this port of this machine."""
+    for one in psutil.net_connections("tcp4"):
+        if one.laddr and one.laddr.port == port and one.pid:
+            return one.pid
+    return 0
