@@ -1,0 +1,60 @@
+"""The contenders of `benchmarks.label`, each a program: a JSON object as its argument, another as its last line.
+
+It is given the `source` (s3://bucket/prefix of Parquet files with the columns key and image), the `out` of its
+labels, the `model` (`null` or an architecture of torchvision) and a file for its `calls`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+NULL = "null"
+
+
+class Task(NamedTuple):
+    """What a contender is told."""
+
+    source: str
+    out: str
+    bundle: str
+    model: str
+    calls: str
+
+    @classmethod
+    def told(cls) -> "Task":
+        """The task that this process was started with."""
+        return cls(**json.loads(sys.argv[1]))
+
+    def called(self, images: int) -> None:
+        """The model is done with so many images: a line in the file that all processes of a contender share."""
+        with open(self.calls, "a", encoding="utf-8") as file:
+            file.write(f"{time.time()} {images}\n")
+
+
+def done(task: Task) -> None:
+    """All is written. Print when the first call of the model ended, with how many images, and when this is."""
+    ended = time.time()
+    calls = sorted(tuple(map(float, line.split())) for line in Path(task.calls).read_text("utf-8").splitlines())
+    say({"began": calls[0][0], "before": calls[0][1], "ended": ended})
+
+
+def say(report: dict[str, Any]) -> None:
+    """The report, as the last line on standard output."""
+    sys.stdout.write("\n" + json.dumps(report) + "\n")
+
+
+def network(model: str) -> "torch.nn.Module":
+    """What a peer predicts with, as its authors do: eager, float32. `null` costs nothing."""
+    import torch
+    from torchvision import models
+
+    class Null(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(x), 10)
+
+    return Null() if model == NULL else models.get_model(model, weights=None).eval()
