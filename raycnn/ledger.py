@@ -456,7 +456,9 @@ def verify(config: VerifyConfig) -> VerifyReport:
 class _Verification:
     def __init__(self, store: Store, plans: list[Plan], parts: set[str]) -> None:
         self._store, self._plans, self._parts = store, plans, parts
-        self._ledger = label_ledger(store, plans[0].content["fingerprint"])
+        fingerprint = plans[0].content["fingerprint"]
+        self._has_embeddings = bool(fingerprint.get("embeddings"))
+        self._ledger = label_ledger(store, fingerprint)
         self._found = VerifyReport(expected=sum(p.rows for p in plans))
         self._status: Counter[str] = Counter()
         self._hashes = bytearray()
@@ -510,12 +512,24 @@ class _Verification:
             return
         keys, statuses, metadata = part
         is_ours = metadata.get(b"plan") == ref.plan.encode() and metadata.get(b"unit") == str(ref.unit).encode()
-        if not is_ours or (sha256 is not None and hashlib.sha256(data).hexdigest() != sha256):
+        if (
+            not is_ours
+            or (sha256 is not None and hashlib.sha256(data).hexdigest() != sha256)
+            or (self._has_embeddings and self._embedded(ref) != keys)
+        ):
             self._found.altered += 1
         self._count_rows(ref, keys)
         self._status.update(statuses)
         digests = (hashlib.blake2b(k.encode("utf-8", "surrogateescape"), digest_size=8).digest() for k in keys)
         self._hashes += b"".join(digests)
+
+    def _embedded(self, ref: UnitRef) -> list[str] | None:
+        """The keys of the unit's embeddings; None where they are gone or cannot be read."""
+        try:
+            data = self._store.get(self._ledger.embeddings_path(ref))
+        except ObjectMissing:
+            return None
+        return _keys_in(data, "embedding")
 
     def _count_rows(self, ref: UnitRef, keys: list[str]) -> None:
         found, slices = self._found, self._ledger.slices(ref)
@@ -545,6 +559,14 @@ def _read_part(data: bytes) -> tuple[list[str], list[str], Mapping[bytes, bytes]
     except Exception:  # noqa: BLE001  what pyarrow raises for damaged bytes knows no bounds
         return None
     return None if None in keys else (keys, statuses, table.schema.metadata or {})
+
+
+def _keys_in(data: bytes, column: str) -> list[str] | None:
+    """The keys of a file that has this column, too; None where it cannot be read."""
+    try:
+        return pq.read_table(io.BytesIO(data), columns=["key", column])["key"].to_pylist()
+    except Exception:  # noqa: BLE001  what pyarrow raises for damaged bytes knows no bounds
+        return None
 
 
 def _compare_inputs(ledger: Ledger, plans: list[Plan]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Labeling on a real cluster: one row for every image, whatever it is and whatever happens."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -16,9 +17,11 @@ from PIL import Image
 
 import raycnn
 from raycnn import bundle as bundles
+from raycnn import images
 from raycnn.config import ImageSpec
 from raycnn.errors import ConfigError, DataError
 from raycnn.models import build
+from raycnn.predictor import Predictor
 from raycnn.storage import open_store
 
 RAYCNN = str(Path(sys.executable).with_name("raycnn"))
@@ -164,8 +167,8 @@ def test_a_replaced_shard_stops_the_run_unless_its_loss_is_accepted(tmp_path, bu
 
 def _label_after(happens, data: str, out: str, bundle: str) -> None:
     """Label, with something that happens between planning and work."""
-    from raycnn.labeling import run as labeling
     from raycnn.config import LabelConfig, make
+    from raycnn.labeling import run as labeling
     from raycnn.shards import open_collection
 
     config = make(LabelConfig, {"data": data, "out": out, "bundle": bundle})
@@ -186,3 +189,90 @@ def test_an_empty_prefix_writes_nothing(tmp_path, bundle):
     with pytest.raises(DataError, match="no images there"):
         raycnn.label(str(tmp_path / "photos"), str(tmp_path / "labels"), bundle=bundle)
     assert not (tmp_path / "labels").exists()
+
+
+PLANT = """
+import os, signal, time
+import simplejpeg
+import raycnn.images.isolated as isolated
+
+whole = simplejpeg.decode_jpeg
+
+def decode_jpeg(data, *arguments, **options):
+    if b"plant: crash" in bytes(data):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if b"plant: hang" in bytes(data):
+        time.sleep(3600)
+    return whole(data, *arguments, **options)
+
+simplejpeg.decode_jpeg = decode_jpeg
+isolated.DECODE_TIMEOUT_S = 2.0
+isolated.Isolated.__init__.__defaults__ = (2.0,)
+"""
+"""A sitecustomize: two JPEGs, found by their comments, behave as those that find a hole in a decoder."""
+
+
+def test_an_image_that_crashes_or_hangs_its_process_costs_its_own_label_only(tmp_path, bundle):
+    (tmp_path / "plant").mkdir()
+    (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(40):
+        sink = io.BytesIO()
+        comment = {3: b"plant: hang", 20: b"plant: crash"}.get(i, b"")
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(sink, "JPEG", comment=comment)
+        (photos / f"{i:02d}.jpg").write_bytes(sink.getvalue())
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "plant"), "RAY_ADDRESS": "local"}
+    command = [RAYCNN, "label", str(photos), str(tmp_path / "labels"), "--bundle", bundle, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == {"crashed": 1, "ok": 38, "timeout": 1}
+    bad = {row["key"]: row["status"] for row in rows_of(str(tmp_path / "labels")) if row["status"] != "ok"}
+    assert bad == {"03.jpg": "timeout", "20.jpg": "crashed"}
+    assert raycnn.verify(str(tmp_path / "labels")).error is None
+
+
+def test_too_many_bad_images_stop_the_run_and_what_is_labelled_stays(tmp_path, bundle):
+    files = {f"{i:04d}.png": png(i % 9) for i in range(600)} | {f"{i:04d}.png": b"no image" for i in range(0, 100, 5)}
+    data, out = fill(str(tmp_path / "photos"), files), str(tmp_path / "labels")
+    with pytest.raises(DataError, match=r"20 of 600 images are bad \(20 unsupported\), more than --max-bad 1.00%"):
+        raycnn.label(data, out, bundle=bundle, max_bad="1%")
+    assert rows_of(out)
+    with pytest.raises(DataError, match="20 of 600 images are bad"):
+        raycnn.label(data, out, bundle=bundle, max_bad="1%")
+    report = raycnn.label(data, out, bundle=bundle, max_bad="5%")
+    assert report.status == {"ok": 580, "unsupported": 20}
+
+
+@pytest.mark.parametrize("layout", ["fused", "staged"])
+def test_embeddings_lie_beside_and_what_is_not_sure_has_no_label(tmp_path, bundle, layout):
+    files = {f"{i:03d}.png": png(i % 90) for i in range(700)} | {"bad.png": b"no image"}
+    data, out = fill(str(tmp_path / "photos"), files), str(tmp_path / "labels")
+    report = raycnn.label(data, out, bundle=bundle, layout=layout, abstain=0.6, embeddings=True)
+    rows = {row["key"]: row for row in rows_of(out)}
+    assert rows.keys() == files.keys()
+    unsure = [row for row in rows.values() if row["status"] == "ok" and row["label"] is None]
+    assert 0 < len(unsure) == report.abstained < 700
+    for row in unsure:
+        assert row["probability"] == row["top_k"][0]["probability"] < 0.6
+        assert row["class_name"] is None
+        assert "is below 0.6" in row["detail"]
+    assert sum(report.classes.values()) == 700 - len(unsure)
+    assert sum(report.confidence) == 700
+    store = open_store(out)
+    paths = [e.path for e in store.list("embeddings/")]
+    made = [row for path in paths for row in pq.read_table(io.BytesIO(store.get(path))).to_pylist()]
+    assert {row["key"] for row in made} == files.keys()
+    assert {row["key"]: row["embedding"] for row in made}["bad.png"] is None
+    same = Predictor(bundles.load(bundle)).predict(_pixels(files["007.png"], bundle), with_embeddings=True)
+    found = next(row["embedding"] for row in made if row["key"] == "007.png")
+    np.testing.assert_allclose(np.array(found, np.float32), same.embeddings[0].astype(np.float32), rtol=2e-3, atol=1e-3)
+    assert raycnn.verify(out).error is None
+    lost = Path(out, paths[0])
+    lost.chmod(0o644)
+    lost.unlink()
+    assert raycnn.verify(out).altered == 1
+
+
+def _pixels(encoded: bytes, bundle: str) -> np.ndarray:
+    return images.pixels(encoded, bundles.load(bundle).spec)[None]

@@ -17,6 +17,10 @@ MAX_TASKS = 64
 """Decode tasks for one training worker, however many CPUs an autoscaler could add."""
 
 
+UNLIKE = 0.001
+"""Ray Data makes one stage of two that ask for the same; so they ask for not quite the same."""
+
+
 class Node(NamedTuple):
     """What one machine of a cluster offers."""
 
@@ -121,7 +125,7 @@ def plan_stages(verb: str, now: Resources, limit: Resources, units: int) -> Stag
         tasks = limit.room(cpus) - actors
         if actors >= 1 and tasks >= 1:
             least = max(1, min(actors, now.room(cpus, gpus) if gpus else now.room(cpus) // 2))
-            return StagePlan(min(tasks, units), cpus, actors, least, cpus, gpus)
+            return StagePlan(min(tasks, units), cpus, actors, least, cpus - UNLIKE * (not gpus), gpus)
     raise ConfigError(
         f"{verb}: decoding and predicting need half a CPU each on one node, and the cluster has {_described(limit)}: "
         "start Ray with --num-cpus=1 or more, or add a worker node"

@@ -100,6 +100,11 @@ class Decoder:
         if self._isolated is not None:
             self._isolated.__exit__(kind, error, trace)
 
+    @property
+    def is_isolated(self) -> bool:
+        """Whether a child process decodes."""
+        return self._isolated is not None
+
     def decode(self, samples: Sequence[Sample]) -> list[images.Pixels | Bad]:
         """(H, W, C) uint8 of each sample, or why there are none.
 

@@ -179,7 +179,7 @@ def stream(
     from ray.data import ExecutionResources, TaskPoolStrategy
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
         cpu=plan.tasks * plan.task_cpus, object_store_memory=FEED_MEMORY_BYTES

@@ -7,6 +7,7 @@ speed     where the time goes, and how near it comes to the floor of the machine
 run       the driver: plan, work, finish
 """
 
-from raycnn.labeling.run import LabelReport, label
+from raycnn.labeling.report import LabelReport
+from raycnn.labeling.run import label
 
 __all__ = ["LabelReport", "label"]

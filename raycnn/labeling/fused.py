@@ -189,7 +189,7 @@ class _Batch:
             else:
                 unit.add(sample.key, None)
                 self._waiting.append((unit, pixels))
-        self._watch.count(len(group))
+        self._watch.count(len(group), self._decoder.is_isolated)
 
     def _predict(self, count: int) -> None:
         taken = [self._waiting.popleft() for _ in range(count)]

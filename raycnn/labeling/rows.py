@@ -78,10 +78,12 @@ class UnitRows:
         return pa.Table.from_batches([rows])
 
     def embeddings(self, width: int) -> pa.Table:
-        """key, embedding (fixed_size_list<float16>, null where status is not ok) of a complete unit."""
+        """key, embedding (list<float16>, null where status is not ok) of a complete unit."""
         made = [p.embeddings for p in self._predictions if p.embeddings is not None]
         flat = _joined(made, np.zeros((0, width), np.float16))
-        values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1), pa.float16()), width)
+        offsets = pa.array(np.arange(len(flat) + 1, dtype=np.int32) * width)
+        # Not of a fixed size, because Parquet files with nulls among those cannot be read again.
+        values = pa.ListArray.from_arrays(offsets, pa.array(flat.reshape(-1), pa.float16()))
         return pa.table({"key": pa.array(self.keys, pa.string()), "embedding": _spread(values, self._failures)})
 
 

@@ -7,16 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycnn import data
 from raycnn.config import LabelConfig, to_yaml
 from raycnn.errors import ConfigError, DataError, Status
+from raycnn.labeling.report import LabelReport, price_of_abstaining
 from raycnn.labeling.speed import Speed
-from raycnn.ledger import Growth, Ledger, Plan, UnitRef, label_ledger, new_slices, success_path
+from raycnn.ledger import ALTERED, Growth, Ledger, Plan, UnitRef, label_ledger, new_slices, success_path
 from raycnn.shards import Collection, Slice, open_collection, units
 from raycnn.storage import contains, open_store
 
@@ -24,31 +25,6 @@ if TYPE_CHECKING:
     from raycnn import bundle as bundles
 
 SCHEMA_VERSION = 2
-
-
-@dataclass(frozen=True)
-class LabelReport:
-    """What the output holds, all generations together; `units_written`, `speed` and `seconds` are of this run."""
-
-    rows: int
-    status: dict[str, int]
-    classes: dict[str, int]
-    """Labels by class name."""
-    confidence: list[int]
-    """Predictions by probability, in 100 equal bins from 0 to 1."""
-    abstained: int
-    shift: dict[str, float] | None
-    """Distance of classes and confidence from those on validation: 0 alike, 1 wholly different."""
-    units: int
-    units_written: int
-    images_per_s: float
-    """With everything from the first step to the last; `speed` has the steady state."""
-    speed: dict[str, Any] | None
-    seconds: float
-    output: str
-    generations: int
-    changed: int
-    gone: int
 
 
 def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelReport:
@@ -98,18 +74,30 @@ class _LabelRun:
             "exclude": list(config.exclude),
         }
         self._growth = Growth()
+        self._has_listed = False
         self._plan_speed: Speed | None = None
 
     def run(self, start: float) -> LabelReport:
         """Plan or adopt, label what is pending, finish, report."""
+        if self._config.abstain:
+            said = price_of_abstaining(self._config.abstain, self._bundle.validation)
+            self._say({"kind": "note", "text": said})
         plans = self.plans()
-        written, rows = 0, 0
+        written, rows = self._work(plans)
+        if not self._has_listed and (more := self._plan_next(plans)):
+            plans += more  # what came while an earlier run was interrupted
+            written, rows = (one + other for one, other in zip((written, rows), self._work(more), strict=True))
+        return self._report(plans, written, rows, time.perf_counter() - start)
+
+    def _work(self, plans: list[Plan]) -> tuple[int, int]:
+        """(units, rows) that this run has committed to finish the plans."""
+        written = rows = 0
         for plan in plans:
             if (pending := self._ledger.pending(plan)) or self._ledger.success(plan.generation) is None:
                 ours = [r for r in self._label(plan, pending) if r["written"]]
                 written, rows = written + len(ours), rows + sum(r["rows"] for r in ours)
                 self._finish(plan, {r["path"]: r for r in ours})
-        return self._report(plans, written, rows, time.perf_counter() - start)
+        return written, rows
 
     def _report(self, plans: list[Plan], written: int, rows: int, seconds: float) -> LabelReport:
         from raycnn.labeling.rows import add_counts, shift
@@ -164,10 +152,11 @@ class _LabelRun:
         return plans
 
     def _plan_next(self, plans: list[Plan]) -> list[Plan]:
+        self._has_listed = True
         skipped: Counter[str] = Counter()
         listed = self._collection.select(self._config.split, skipped, self._config.exclude)
         if plans:
-            listed = new_slices(listed, self._ledger.planned(plans), self._growth)
+            listed = self._new(listed, plans)
         listed = self._counting(listed)
         first = next(listed, None)
         if first is None:
@@ -180,6 +169,18 @@ class _LabelRun:
         plan = self._ledger.plan(len(plans), grouped, self._selection, self._fingerprint, skipped)
         self._store.create("config.yaml", to_yaml(self._config).encode())
         return [plan]
+
+    def _new(self, listed: Iterator[Slice], plans: list[Plan]) -> Iterator[Slice]:
+        """What earlier generations do not have. A file that names its rows, and has another name now, is no news."""
+        has_news = False
+        for piece in new_slices(listed, self._ledger.planned(plans), self._growth):
+            has_news = True
+            yield piece
+        if has_news and self._growth.gone and self._collection.names_rows:
+            raise DataError(
+                f"{self._collection.store.address()}: files whose rows are labelled have gone, and others have come "
+                "that may hold the same keys: put the old files back beside the new ones, or use another output"
+            )
 
     def _counting(self, slices: Iterator[Slice]) -> Iterator[Slice]:
         rows, last = 0, time.perf_counter()
@@ -264,8 +265,12 @@ class _LabelRun:
         """What is known of a part that lies there already."""
         from raycnn.labeling.rows import counts_of
 
-        part = self._store.get(self._ledger.path(ref))
-        table = pq.read_table(io.BytesIO(part), columns=["status", "label", "probability"])
+        path = self._ledger.path(ref)
+        part = self._store.get(path)
+        try:
+            table = pq.read_table(io.BytesIO(part), columns=["status", "label", "probability"])
+        except (pa.ArrowException, OSError):
+            raise DataError(f"{self._store.address(path)} {ALTERED}") from None
         return self._ledger.describe(ref, part) | {"counts": counts_of(table)}
 
 

@@ -32,9 +32,10 @@ class Stopwatch:
             self._spent[name] += time.perf_counter() - wall
             self._spent[name + "_cpu"] += time.thread_time() - cpu
 
-    def count(self, rows: int) -> None:
-        """So many images have been through."""
+    def count(self, rows: int, is_isolated: bool) -> None:
+        """So many images have been through; the CPU time of those that a child process has decoded is not known."""
         self._spent["rows"] += rows
+        self._spent["measured"] += 0 if is_isolated else rows
 
     def take(self) -> dict[str, float]:
         """What was spent since the last call, as JSON for `Speed.add`."""
@@ -69,8 +70,10 @@ class Speed:
     @property
     def floor(self) -> float:
         """Images/s if the CPUs did nothing but decode and predict."""
-        per_image = self._spent["decode_cpu"] + self._spent["model_cpu"]
-        return self._cpus * self._spent["rows"] / per_image if per_image else 0.0
+        spent, measured = self._spent, self._spent["measured"]
+        if not measured:
+            return 0.0
+        return self._cpus / (spent["decode_cpu"] / measured + spent["model_cpu"] / spent["rows"])
 
     @property
     def busy(self) -> dict[str, float]:

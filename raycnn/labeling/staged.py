@@ -95,7 +95,7 @@ class UnitDecoder:
                 ref, first, group = found
                 with watch.stage("decode"):
                     made = decoder.decode(group)
-                watch.count(len(group))
+                watch.count(len(group), is_again)
                 yield self._block(ref, first, [s.key for s in group], made, watch)
 
     def _read(self, refs: list[UnitRef]) -> Iterator[tuple[UnitRef, int, list[Any]]]:

@@ -70,6 +70,8 @@ class Collection(ABC):
     reason: str
     random_access: bool = True
     """Whether single rows can be read at no more than their own cost, so that they can be mixed by listing."""
+    names_rows: bool = False
+    """Whether the keys stand inside of the objects, so that an object's name says nothing of them."""
     accept_unreadable: bool = False
     """Whether an object that is missing or altered is planned, where a manifest says what it held; or refused."""
 

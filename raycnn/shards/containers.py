@@ -206,7 +206,8 @@ def _headers(tar: _Tar) -> Iterator[tarfile.TarInfo]:
 
 
 def _is_image(info: tarfile.TarInfo) -> bool:
-    return info.isreg() and not _is_hidden_member(info.name) and not info.name.lower().endswith(_SIDE_SUFFIXES)
+    is_file = info.isreg() and not info.issparse()
+    return is_file and not _is_hidden_member(info.name) and not info.name.lower().endswith(_SIDE_SUFFIXES)
 
 
 def _is_hidden_member(name: str) -> bool:
@@ -252,6 +253,8 @@ def _holds_label(info: tarfile.TarInfo) -> bool:
 
 
 def _why_left_out(info: tarfile.TarInfo) -> str:
+    if info.issparse():
+        return "sparse files in tars"
     if not info.isreg():
         return "links in tars"
     return "hidden" if _is_hidden_member(info.name) else "side files in tars"

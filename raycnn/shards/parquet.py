@@ -53,6 +53,7 @@ class ParquetCollection(Collection):
             raise DataError(f"{store.address()}: no Parquet file with images")
         schema = parquet_file(store, files[0].path, files[0].etag).schema_arrow
         self._model = files[0].path
+        self.names_rows = _has_keys(schema)
         self._image = _image_column(schema, store.address(self._model))
         self._label = _label_column(schema, store.address(self._model))
         self._named = hugging_face_names(schema, self._label) if self._label else ()

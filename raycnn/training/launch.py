@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -37,6 +38,10 @@ class _Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         policy = Policy(self.run_config.failure_config or FailureConfig())
         return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the actor that splits datasets among workers: ours read the data by themselves, in our own order."""
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ray Train's handler ends the process with its own exit code, and stays in place."""
