@@ -18,6 +18,7 @@ BENCHMARKS = {
     "chaos": "processes killed at every step of labeling, on a Ray cluster and an S3 server: no row lost, none doubled",
     "fuzz": "a million damaged files through raycnn.images.pixels: what they become, and the matrix of hazards",
     "images": "one core: raycnn.images against bare decoding and torchvision's transform",
+    "label": "all cores: images labelled per second by raycnn, Daft, Ray Data as documented and a bare loop",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",
 }
 

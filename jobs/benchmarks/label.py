@@ -172,10 +172,12 @@ def _null_graph(classes: int, weights_sha256: str) -> bytes:
 def _null_cost(bundle: str) -> float:
     """Microseconds of CPU that a prediction with the null model takes, for each image of a batch."""
     import numpy as np
+    import torch
 
     from raycnn import bundle as bundles
     from raycnn.predictor import Predictor
 
+    torch.set_num_threads(1)
     predictor, pixels = Predictor(bundles.load(bundle)), np.zeros((64, 224, 224, 3), np.uint8)
     predictor.predict(pixels)
     start = time.process_time()
