@@ -50,6 +50,7 @@ _PAGE = pa.schema(
         ("label", pa.int64()),
     ]
 )
+_UNIT = _PAGE.remove(0)
 _ENCODINGS = {f.name: "DELTA_BYTE_ARRAY" if f.type == pa.string() else "DELTA_BINARY_PACKED" for f in _PAGE}
 """Neighbours are alike: keys begin alike, and numbers go up by little. So a page is small, and quickly made."""
 
@@ -142,7 +143,7 @@ class Ledger:
         orphans = f"{self.parts}/part-g{generation:04d}-"
         if next(self.store.list(orphans), None) is not None and self.store.head(plan_path(generation)) is None:
             raise DataError(f"{self.store.address(plan_path(generation))} {ALTERED}")
-        pages = [self._write_page(page) for page in _batches(units, PAGE_UNITS)]
+        pages = [self._write_page(page) for page in _batches(map(_table_of, units), PAGE_UNITS)]
         content = {
             "version": VERSION,
             "generation": generation,
@@ -161,10 +162,12 @@ class Ledger:
         self.check(adopted, selection, fingerprint)
         return adopted
 
-    def _write_page(self, page: list[list[Slice]]) -> dict[str, Any]:
+    def _write_page(self, page: list[pa.Table]) -> dict[str, Any]:
+        units = np.repeat(np.arange(len(page), dtype=np.int32), [len(unit) for unit in page])
+        table = pa.concat_tables(page).add_column(0, _PAGE.field(0), [units])
         sink = io.BytesIO()
         pq.write_table(
-            _page_table(page),
+            table,
             sink,
             compression="zstd",
             use_dictionary=False,
@@ -175,7 +178,7 @@ class Ledger:
         digest = hashlib.sha256(data).hexdigest()
         path = f"plan/pages/{digest[:32]}.parquet"
         self.store.create(path, data)
-        return {"path": path, "sha256": digest, "unit_rows": [sum(s.rows for s in unit) for unit in page]}
+        return {"path": path, "sha256": digest, "unit_rows": [int(unit["rows"].to_numpy().sum()) for unit in page]}
 
     def check(self, plan: Plan, selection: dict[str, Any], fingerprint: dict[str, Any]) -> None:
         """Refuse to go on with a plan for other data or by another model, naming what differs.
@@ -310,13 +313,10 @@ def success_path(generation: int) -> str:
     return f"_SUCCESS-g{generation:04d}.json"
 
 
-def _page_table(page: list[list[Slice]]) -> pa.Table:
-    pieces = [piece for unit in page for piece in unit]
-    units = np.repeat(np.arange(len(page), dtype=np.int32), [len(unit) for unit in page])
-    # Column by column: no tuple is made of a piece, of which a large collection has very many.
-    columns = [list(map(itemgetter(i), pieces)) for i in range(len(Slice._fields))]
-    arrays = [pa.array(c, f.type) for c, f in zip([units, *columns], _PAGE, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=_PAGE)
+def _table_of(unit: list[Slice]) -> pa.Table:
+    """A unit's slices by column: a page of them as tuples would keep the garbage collector busy."""
+    columns = (pa.array(list(map(itemgetter(i), unit)), f.type) for i, f in enumerate(_UNIT))
+    return pa.Table.from_arrays(list(columns), schema=_UNIT)
 
 
 def _slices(table: pa.Table) -> Iterator[Slice]:
@@ -342,8 +342,8 @@ def fingerprint_id(fingerprint: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _batches(units: Iterable[list[Slice]], count: int) -> Iterator[list[list[Slice]]]:
-    batch: list[list[Slice]] = []
+def _batches(units: Iterable[pa.Table], count: int) -> Iterator[list[pa.Table]]:
+    batch: list[pa.Table] = []
     for unit in units:
         batch.append(unit)
         if len(batch) == count:
