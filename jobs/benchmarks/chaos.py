@@ -10,6 +10,7 @@ import io
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -222,8 +223,8 @@ def _fill(site: Site) -> None:
     site.bucket.put({"tar/images.tar": chaos.in_tar(images)})
     site.sources = {layout: chaos.Source(layout, layout) for layout in ("flat", "tar", "packed")}
     pack = ["pack", f"s3://{chaos.BUCKET}/flat", f"s3://{chaos.BUCKET}/packed", "--val", "0", "--test", "0"]
-    os.environ["RAY_ADDRESS"] = site.nodes.address
-    _quietly(pack)
+    # In a process of its own: this one would be ended with the first cluster that it has been connected to.
+    subprocess.run([chaos.RAYCNN, *pack], env=os.environ | {"RAY_ADDRESS": site.nodes.address}, check=True, stdout=-3)
 
 
 def _quietly(command: list[str]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from benchmarks.peers import Task, say
 
 BATCH = 64
+START_S = 120
+"""For torch to be imported and the source to be opened, or one of the processes has failed."""
 Ready = Callable[[int], Iterator[int]]
 """Waits until all processes are ready, then yields the numbers below its argument that are this process's."""
 
@@ -103,7 +105,7 @@ def main(work: Callable[[Task, Ready], None]) -> None:
     """Work in one process per core; print when the last of them was ready, and when the last was done."""
     context = multiprocessing.get_context("fork")  # before anything that has threads is imported
     cores = os.cpu_count() or 1
-    barrier, following = context.Barrier(cores + 1), context.Value("q", 0)
+    barrier, following, ended = context.Barrier(cores + 1), context.Value("q", 0), context.Value("d", 0.0)
 
     def ready(count: int) -> Iterator[int]:
         barrier.wait()
@@ -114,16 +116,21 @@ def main(work: Callable[[Task, Ready], None]) -> None:
                 return
             yield number
 
-    processes = [context.Process(target=work, args=(Task.told(), ready)) for _ in range(cores)]
+    def work_and_note() -> None:
+        work(Task.told(), ready)
+        with ended.get_lock():
+            ended.value = max(ended.value, time.time())
+
+    processes = [context.Process(target=work_and_note) for _ in range(cores)]
     for process in processes:
         process.start()
-    barrier.wait(timeout=120)
+    barrier.wait(timeout=START_S)
     began = time.time()
     for process in processes:
         process.join()
         if process.exitcode:
             sys.exit(f"a process ended with {process.exitcode}")
-    say({"began": began, "before": 0, "ended": time.time()})
+    say({"began": began, "before": 0, "ended": ended.value})
 
 
 if __name__ == "__main__":
