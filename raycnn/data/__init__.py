@@ -13,7 +13,7 @@ from raycnn.data.budget import (
     plan_training,
     plan_units,
 )
-from raycnn.data.cluster import connect, is_connected, resources, session, user_errors
+from raycnn.data.cluster import connect, is_connected, resources, session, user_errors, warm_up
 from raycnn.data.decoding import Decoder, groups, read_ahead
 from raycnn.data.feed import FeedBatch, LaneBuffers, decode_piece, join, row_ranges
 from raycnn.data.pipelines import map_units, stream
@@ -47,4 +47,5 @@ __all__ = [
     "session",
     "stream",
     "user_errors",
+    "warm_up",
 ]

@@ -1,5 +1,6 @@
 """The connection to Ray, quiet and checked, and the way of a worker's error back to its user."""
 
+import importlib
 import logging
 import os
 import re
@@ -18,6 +19,8 @@ from raycnn.errors import ConfigError, RaycnnError, StorageError, unwrap
 
 LAUNCHED = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts the cluster's own description, on its head."""
+
+MAX_WARM = 64
 
 ANSWER_S = 20
 """So long may the head of a busy cluster take to answer; where nobody listens the answer is immediate."""
@@ -46,6 +49,15 @@ def connect(say: Progress | None = None) -> None:
     if not ray.is_initialized():
         _start_or_join(_running(), say)
     _quiet()
+
+
+def warm_up(module: str) -> None:
+    """Have workers import a module while the driver still plans: with torch in it that takes seconds."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(importlib.import_module)
+    for _ in range(min(int(ray.available_resources().get("CPU", 0)), MAX_WARM)):
+        task.options(name="warm up").remote(module)
 
 
 def is_connected() -> bool:

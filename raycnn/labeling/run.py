@@ -47,6 +47,7 @@ def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelRe
         say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
         if not _looks_finished(config.out):
             data.connect(say)  # Ray starts while torch is imported, which takes as long
+            data.warm_up("raycnn.labeling.fused")
         bundle = loading.result()
     return _LabelRun(config, bundle, collection, say).run(start)
 
