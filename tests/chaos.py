@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -151,7 +151,7 @@ class Source(NamedTuple):
             if name.endswith(".tar"):
                 with tarfile.open(fileobj=io.BytesIO(bucket.get(path))) as tar:
                     found.update(f"{name}#{i}:{member.name}" for i, member in enumerate(tar))
-            elif name.endswith(".parquet"):
+            elif name.startswith("data/"):
                 found.update(pq.read_table(io.BytesIO(bucket.get(path)), columns=["key"])["key"].to_pylist())
         return found
 
@@ -467,3 +467,83 @@ def sender(port: int) -> int:
         if one.laddr and one.laddr.port == port and one.pid:
             return one.pid
     return 0
+
+
+def proven(run: Labeling) -> Tally:
+    """The rows of a run that has ended, and that all else is as it should be.
+
+    Raises:
+        AssertionError: something is not.
+    """
+    tally, finished = run.tally(), run.redone().finished
+    assert tally.is_right, str(tally)
+    assert "crashed" not in {status for status, _ in run.labels().values()}, "a killed process became a row"
+    assert finished == 0, f"{finished} units were read again after they had been committed"
+    before = run.look()
+    quietly(["verify", f"s3://{BUCKET}/{run.out}"])
+    quietly(run.command[1:])
+    assert run.look() == before, "the command once more has written something"
+    assert run.refused == 0, f"{run.refused} requests wanted to delete or to copy"
+    return tally
+
+
+def quietly(command: list[str]) -> None:
+    """A command of raycnn's, which has to succeed, in this process, where it starts sooner."""
+    from raycnn import cli
+
+    said = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(said):
+        code = cli.run(command)
+    assert code == 0, f"raycnn {command[0]} ended with {code}: {said.getvalue()[-300:]}"
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    return []
+
+
+def raylet_of(pid: int) -> int:
+    """The raylet that has started a worker."""
+    return next(parent.pid for parent in psutil.Process(pid).parents() if "raylet" in parent.name())
+
+
+class Zombie:
+    """A process that is stopped while its PUT waits; others do its work; then it goes on."""
+
+    def __init__(self) -> None:
+        self.stopped: list[int] = []
+        self._held = threading.Event()
+
+    def kill(self, of: Kind, key: str, nth: int) -> Kill:
+        """What is to happen: the process that creates such an object is stopped before any of it has been sent on."""
+        return Kill("SIGSTOP", "PUT", key, "request", of, self.stop, nth, held=self._held)
+
+    def stop(self, run: Labeling, pid: int) -> None:
+        """Stop it, and let another driver do the work."""
+        self.suspend(pid)
+        run.leave()
+
+    def suspend(self, *pids: int) -> None:
+        """SIGSTOP."""
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            self.stopped.append(pid)
+
+    def go_on(self, run: Labeling) -> None:
+        """Its late PUT has to be refused, and nothing may change.
+
+        Raises:
+            AssertionError: it is not so.
+        """
+        seen, before = len(run.log), run.look()
+        os.kill(self.stopped[-1], signal.SIGCONT)
+        self._held.set()
+        until = time.monotonic() + 60
+        while not any(request.method == "PUT" and request.status == 412 for request in run.log[seen:]):
+            assert time.monotonic() < until, "the zombie does not go on"
+            time.sleep(0.05)
+        for process in run.processes:
+            assert process.wait(60) in (0, -9), run.last_words(process)
+        assert run.look() == before, "the zombie has changed something"

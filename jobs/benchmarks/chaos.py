@@ -6,17 +6,14 @@ are counted by other code, `raycnn verify` has to agree, and the command once mo
 
 import argparse
 import importlib
-import io
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -95,7 +92,7 @@ class Nodes:
 
     def leave(self, pid: int) -> None:
         """The node of a process ends in good order."""
-        raylet = raylet_of(pid)
+        raylet = chaos.raylet_of(pid)
         self._cluster.remove_node(next(node for node in self._cluster.worker_nodes if _pid(node) == raylet))
 
     def trim(self) -> None:
@@ -123,7 +120,7 @@ class Nodes:
         from ray._common.utils import reset_ray_address
 
         for node in cluster.list_all_nodes():
-            family = _family(_pid(node))
+            family = chaos.family(_pid(node))
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
             for process in family:
                 chaos.shoot(process)
@@ -138,19 +135,6 @@ class Nodes:
 def _pid(node: "Node") -> int:
     """The node's raylet."""
     return node.all_processes["raylet"][0].process.pid
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all that it has started."""
-    with suppress(psutil.NoSuchProcess):
-        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-    return []
-
-
-def raylet_of(pid: int) -> int:
-    """The raylet that has started a worker."""
-    parents = psutil.Process(pid).parents()
-    return next(parent.pid for parent in parents if "raylet" in parent.name())
 
 
 @dataclass
@@ -225,16 +209,6 @@ def _fill(site: Site) -> None:
     pack = ["pack", f"s3://{chaos.BUCKET}/flat", f"s3://{chaos.BUCKET}/packed", "--val", "0", "--test", "0"]
     # In a process of its own: this one would be ended with the first cluster that it has been connected to.
     subprocess.run([chaos.RAYCNN, *pack], env=os.environ | {"RAY_ADDRESS": site.nodes.address}, check=True, stdout=-3)
-
-
-def _quietly(command: list[str]) -> None:
-    """A command of raycnn's in this process."""
-    from raycnn import cli
-
-    said = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(said):
-        code = cli.run(command)
-    assert code == 0, f"raycnn {command[0]} ended with {code}: {said.getvalue()[-300:]}"
 
 
 def _report(site: Site, chosen: list[Scenario], seed: int) -> dict[str, Any]:
@@ -319,75 +293,46 @@ def _work(labeling: Any, scenario: Scenario, kills: list[Any]) -> None:
 
 
 def _checked(site: Site, labeling: Any, scenario: Scenario) -> tuple[Any, dict[str, int]]:
-    """The rows, and what was done again; refused where any other promise is broken."""
-    tally, redone = labeling.tally(), labeling.redone()
-    assert tally.is_right, str(tally)
+    """The rows, and what was done again; refused where any promise is broken."""
+    tally, redone = chaos.proven(labeling), labeling.redone()
     labels = labeling.labels()
     assert labels == site.reference.setdefault(scenario.source, labels), "other labels than another run has made"
-    assert "crashed" not in {status for status, _ in labels.values()}, "a killed process became a row"
-    assert redone.finished == 0, f"{redone.finished} units were read again after they had been committed"
     bound = labeling.bound(scenario.per_kill) if scenario.drivers == 1 else None
     assert bound is None or redone.read <= bound, f"{redone.read} units were read again, more than {bound}"
-    before = site.bucket.etags(labeling.out)
-    _quietly(["verify", f"s3://{chaos.BUCKET}/{labeling.out}"])
-    _quietly(labeling.command[1:])
-    assert site.bucket.etags(labeling.out) == before, "the command once more has written something"
-    assert labeling.refused == 0, f"{labeling.refused} requests wanted to delete or to copy"
     found = {"read_again": redone.read, "sent_again": redone.put, "in_flight": redone.in_flight}
     return tally, found | ({} if bound is None else {"bound": bound})
 
 
-class Zombies:
-    """Processes that are stopped while their request waits, and go on when others have done their work."""
+class NodeZombie(chaos.Zombie):
+    """A worker that is stopped with its whole node, which the cluster gives up."""
 
-    def __init__(self, site: Site) -> None:
-        self._site, self._held, self._stopped = site, threading.Event(), list[int]()
+    def __init__(self, site: Site, *, moves: bool) -> None:
+        """With `moves` the driver is killed, too, and the run goes on in another cluster."""
+        super().__init__()
+        self._site, self._moves = site, moves
 
-    def kill(self, step: str, of: str, key: str, nth: int, how: str) -> Any:
-        """How: "node" is the worker's whole node, "moved" too, and the run is on another cluster then; or "driver"."""
-        act = {"node": self._stop_node, "moved": self._stop_and_move, "driver": self._stop_driver}[how]
-        kill = chaos.Kill(step, "PUT", key, "request", of, act, nth, held=self._held)
-        if how == "moved":
+    def kill(self, of: str, key: str, nth: int) -> Any:
+        """What is to happen."""
+        kill = super().kill(of, key, nth)
+        if self._moves:
             kill.exits, kill.mend, kill.at_end = (-9,), self._move, True
         return kill
 
-    def _stop(self, *pids: int) -> None:
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-            self._stopped.append(pid)
-
-    def _stop_node(self, run: Any, pid: int) -> None:
-        del run
-        self._stop(raylet_of(pid), pid)
-
-    def _stop_and_move(self, run: Any, pid: int) -> None:
-        self._stop(raylet_of(pid), pid)
-        chaos.shoot(run.driver)
-
-    def _stop_driver(self, run: Any, pid: int) -> None:
-        self._stop(pid)
-        run.leave()
+    def stop(self, run: Any, pid: int) -> None:
+        """The node first, or it would see to the worker."""
+        self.suspend(chaos.raylet_of(pid), pid)
+        if self._moves:
+            chaos.shoot(run.driver)
 
     def _move(self, run: Any) -> None:
         self._site.nodes.start()
         run.environment["RAY_ADDRESS"] = self._site.nodes.address
 
     def go_on(self, run: Any) -> None:
-        """The zombie's late PUT: it has to find that somebody else has done it."""
-        seen, before = len(run.log), self._site.bucket.etags(run.out)
-        *_, last = self._stopped
-        os.kill(last, signal.SIGCONT)
-        self._held.set()
-        until = time.monotonic() + 60
-        while not any(request.method == "PUT" and request.status == 412 for request in run.log[seen:]):
-            assert time.monotonic() < until, "the zombie does not go on"
-            time.sleep(0.05)
-        for process in run.processes:
-            assert process.wait(60) in (0, -9), run.last_words(process)
-        assert self._site.bucket.etags(run.out) == before, "the zombie has changed something"
-        for pid in self._stopped:
-            for one in _family(pid):
-                chaos.shoot(one)
+        """The worker alone."""
+        super().go_on(run)
+        for one in chaos.family(self.stopped[0]):
+            chaos.shoot(one)
 
 
 def scenarios(site: Site) -> list[Scenario]:
@@ -513,7 +458,7 @@ def _anywhere(rng: random.Random) -> list[Any]:
 def _machines(site: Site) -> Iterator[Scenario]:
     def shoot_node(run: Any, pid: int) -> None:
         del run
-        for one in _family(raylet_of(pid)):
+        for one in chaos.family(chaos.raylet_of(pid)):
             chaos.shoot(one)
 
     def replace(run: Any) -> None:
@@ -552,20 +497,15 @@ def _come_and_go(site: Site, rng: random.Random) -> list[Any]:
 
 
 def _zombies(site: Site) -> Iterator[Scenario]:
-    for how, of, key in (
-        ("node", "worker", chaos.PART),
-        ("node", "worker", chaos.PART),
-        ("moved", "worker", chaos.PART),
-        ("driver", "driver", chaos.SUCCESS),
-        ("driver", "driver", "/plan/g0000"),
-    ):
-        zombies = Zombies(site)
-        kills = partial(_zombie, zombies, of, key, how)
-        yield Scenario("SIGSTOP at its PUT", f"{of} ({how})", kills, finish=zombies.go_on)
-    zombies = Zombies(site)
-    kills = partial(_zombie, zombies, "driver", chaos.PART, "driver")
-    yield Scenario("SIGSTOP at its PUT", "driver", kills, "staged", finish=zombies.go_on, per_kill=None)
+    for moves in (False, False, True):
+        zombie = NodeZombie(site, moves=moves)
+        name = "worker, whose driver dies" if moves else "worker"
+        yield Scenario("SIGSTOP", name, partial(_zombie, zombie, "worker", chaos.PART), finish=zombie.go_on)
+    for key, layout in ((r"/plan/g0000", "fused"), (chaos.SUCCESS, "fused"), (chaos.PART, "staged")):
+        zombie = chaos.Zombie()
+        kills = partial(_zombie, zombie, "driver", key)
+        yield Scenario("SIGSTOP", "driver", kills, layout, finish=zombie.go_on, per_kill=None)
 
 
-def _zombie(zombies: Zombies, of: str, key: str, how: str, rng: random.Random) -> list[Any]:
-    return [zombies.kill("zombie", of, key, rng.randint(1, 2) if key == chaos.PART else 1, how)]
+def _zombie(zombie: Any, of: str, key: str, rng: random.Random) -> list[Any]:
+    return [zombie.kill(of, key, rng.randint(1, 2) if key == chaos.PART else 1)]
