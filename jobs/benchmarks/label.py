@@ -1,9 +1,9 @@
 """All cores: labels a second by raycnn, Daft, Ray Data and a loop without a framework; and the first labels.
 
-Photos in Parquet on a local S3 server; in turns, after a round that warms up. Rates are those of the steady state:
-raycnn's as it reports it itself, from when its first worker is ready; those of Daft and Ray Data from the end of the
-first batch of their model, so that imports and what is decoded before do not count; those of the two loops from when
-all their processes are ready. All of them to the last label written, and all rows counted.
+Photos in Parquet on a local S3 server; in turns, after a round that warms up. Rates are those of the steady state, up
+to the last label written: raycnn's as it reports it itself, from when its first worker is ready; those of Daft and Ray
+Data from when a quarter of the images is predicted, so that neither imports count nor what they decode before their
+model is there; those of the two loops from when all processes are ready. `whole` rates are of the whole program.
 """
 
 import argparse

@@ -37,10 +37,16 @@ class Task(NamedTuple):
 
 
 def done(task: Task) -> None:
-    """All is written. Print when the first call of the model ended, with how many images, and when this is."""
-    ended = time.time()
-    calls = sorted(tuple(map(float, line.split())) for line in Path(task.calls).read_text("utf-8").splitlines())
-    say({"began": calls[0][0], "before": calls[0][1], "ended": ended})
+    """All is written. Print when the model had predicted a quarter of the images, how many those were, and the end."""
+    ended, before = time.time(), 0
+    lines = Path(task.calls).read_text(encoding="utf-8").splitlines()
+    calls = sorted((float(when), int(images)) for when, images in map(str.split, lines))
+    quarter = sum(images for _, images in calls) / 4
+    for when, images in calls:
+        before += images
+        if before >= quarter:
+            say({"began": when, "before": before, "ended": ended})
+            return
 
 
 def say(report: dict[str, Any]) -> None:
