@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import chaos
+import oracle
 import pytest
 from fault_proxy import FaultProxy
 
@@ -17,14 +18,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(240)]
 def run(s3: S3Server, s3_url: str, ray_cluster: str, tmp_path: Path) -> Iterator[chaos.Labeling]:
     """600 images to be labelled in 3 units, by way of a proxy, which the workers' environment names, too."""
     name = s3_url.rpartition("/")[2]
-    bucket = chaos.Bucket(s3)
-    bucket.put({f"{name}/photos/{key}": content for key, content in chaos.images(600).items()})
-    bundle = chaos.make_bundle(str(tmp_path / "bundle"))
+    bucket = oracle.Bucket(s3)
+    bucket.put({f"{name}/photos/{key}": content for key, content in oracle.images(600).items()})
+    bundle = oracle.make_bundle(str(tmp_path / "bundle"))
     with FaultProxy(s3.endpoint) as proxy:
         near = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), proxy.endpoint)
         job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": near}})}
         environment = {"RAY_ADDRESS": ray_cluster} | near | job
-        source = chaos.Source(f"{name}/photos", "flat")
+        source = oracle.Source(f"{name}/photos", "flat")
         yield chaos.Labeling(proxy, bucket, source, f"{name}/labels", bundle, environment)
 
 
