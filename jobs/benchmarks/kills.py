@@ -74,8 +74,10 @@ class Nodes:
         raylet = chaos.raylet_of(pid)
         self._cluster.remove_node(next(node for node in self._cluster.worker_nodes if _pid(node) == raylet))
 
-    def trim(self) -> None:
-        """End the nodes that are too many."""
+    def settle(self) -> None:
+        """The nodes that belong here, and no others."""
+        self.stop_old()
+        self.mend()
         while len(self._cluster.worker_nodes) > WORKERS:
             self._cluster.remove_node(next(iter(self._cluster.worker_nodes)))
 
