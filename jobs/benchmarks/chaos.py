@@ -5,6 +5,7 @@ are counted by other code, `raycnn verify` has to agree, and the command once mo
 """
 
 import argparse
+import logging
 import os
 import random
 import subprocess
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Kills at every step of `raycnn label`, on a Ray cluster and an S3 server behind a proxy."""
     seed = SEED if arguments.seed is None else arguments.seed
     os.environ.update(RAY)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         S3Server(Path(folder, "s3")) as server,
