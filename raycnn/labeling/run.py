@@ -92,12 +92,19 @@ class _LabelRun:
 
     def _work(self, plans: list[Plan]) -> tuple[int, int]:
         """(units, rows) that this run has committed to finish the plans."""
+        from raycnn.labeling.rows import add_counts
+
         written = rows = 0
         for plan in plans:
             if (pending := self._ledger.pending(plan)) or self._ledger.success(plan.generation) is None:
-                ours = [r for r in self._label(plan, pending) if r["written"]]
-                written, rows = written + len(ours), rows + sum(r["rows"] for r in ours)
-                self._finish(plan, {r["path"]: r for r in ours})
+                ours, counts = {}, add_counts([])
+                for result in self._label(plan, pending):
+                    if result["written"]:
+                        # Added up at once: counts by class of every part would fill the memory of a large run.
+                        counts = add_counts([counts, result.pop("counts")])
+                        ours[result["path"]] = result
+                written, rows = written + len(ours), rows + sum(r["rows"] for r in ours.values())
+                self._finish(plan, ours, counts)
         return written, rows
 
     def _report(self, plans: list[Plan], written: int, rows: int, seconds: float) -> LabelReport:
@@ -252,13 +259,16 @@ class _LabelRun:
                 f"{self._config.max_bad:.2%}; what is labelled stays: look at it, then go on with a larger --max-bad"
             )
 
-    def _finish(self, plan: Plan, written: dict[str, dict[str, Any]]) -> None:
-        """The success marker, with what this run wrote and what it reads again of earlier runs' parts."""
+    def _finish(self, plan: Plan, written: dict[str, dict[str, Any]], counts: dict[str, Any]) -> None:
+        """The success marker, with what this run wrote and counted, and what it reads again of earlier runs' parts."""
         from raycnn.labeling.rows import add_counts, shift
 
-        parts = [written.get(self._ledger.path(ref)) or self._described(ref) for ref in plan.refs]
-        counts = add_counts([p["counts"] for p in parts])
-        listed = [{k: part[k] for k in ("path", "bytes", "sha256", "rows")} for part in parts]
+        listed: list[dict[str, Any]] = []
+        for ref in plan.refs:
+            if (part := written.get(self._ledger.path(ref))) is None:
+                part = self._described(ref)
+                counts = add_counts([counts, part["counts"]])
+            listed.append({k: part[k] for k in ("path", "bytes", "sha256", "rows")})
         summary = {"status": counts["status"], "counts": counts, "shift": shift(counts, self._bundle.validation)}
         self._ledger.finish(plan, {**summary, "class_names": list(self._bundle.class_names), "parts": listed})
 
