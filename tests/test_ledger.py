@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import itertools
 import json
+import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import raycnn
+from raycnn import ledger as ledgers
 from raycnn.errors import ConfigError, DataError, StorageError
 from raycnn.ledger import Growth, Ledger, Plan, UnitRef, label_ledger, new_slices
 from raycnn.shards import Slice
@@ -29,7 +32,7 @@ def units_of(count: int, size: int = 3) -> list[list[Slice]]:
     return [slices(keys[i * size : (i + 1) * size]) for i in range(count)]
 
 
-def make_plan(ledger: Ledger, units: list[list[Slice]], generation: int = 0) -> Plan:
+def make_plan(ledger: Ledger, units: Iterable[list[Slice]], generation: int = 0) -> Plan:
     selection = {"data": "/data", "split": "all", "exclude": []}
     return ledger.plan(generation, units, selection, FINGERPRINT, Counter(hidden=2))
 
@@ -72,6 +75,23 @@ def test_a_plan_comes_back_as_it_was_made(ledger):
     assert plan.rows == 120
     assert [ledger.slices(ref) for ref in plan.refs] == units
     assert ledger.plans() == [plan]
+
+
+def test_the_memory_of_planning_does_not_grow_with_the_collection(tmp_path, monkeypatch):
+    def peak(count: int) -> int:
+        ledger = label_ledger(open_store(str(tmp_path / str(count))), FINGERPRINT)
+        keys = (f"{i:06d}.png" for i in range(count * 64))
+        units = (slices(list(itertools.islice(keys, 64))) for _ in range(count))
+        tracemalloc.start()
+        make_plan(ledger, units)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    monkeypatch.setattr(ledgers, "PAGE_UNITS", 2)
+    peak(4)
+    few, many = peak(8), peak(40)
+    assert (many - few) / (32 * 64) < 40, "bytes for a key; a slice has 300"
 
 
 def test_the_loser_of_a_planning_race_adopts_the_winners_plan(ledger):

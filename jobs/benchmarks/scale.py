@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import random
-import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -81,8 +79,9 @@ class Watch:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    """The most memory that this process has held; `getrusage` would tell that of its parent, where that was more."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024, 1)
 
 
 # Planning
@@ -196,24 +195,34 @@ def s3_listing(objects: int) -> dict[str, Any]:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda i: store.put(f"{i:07d}.png", files[i % DISTINCT]), range(objects)))
         listing = lap_of(lambda: sum(1 for _ in store.list()))
-        plan = Path(folder, "labels", plan_path(0))
-        out = str(plan.parents[1])
-        command = [RAYCNN, "label", store.url, out, "--bundle", make_bundle(folder)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        notes: list[tuple[float, str]] = []
-        assert process.stderr is not None
-        for line in process.stderr:
-            notes.append((time.perf_counter(), line))
-            if plan.exists():
-                process.send_signal(signal.SIGINT)
-        process.wait()
-        shown = [(at, line) for at, line in notes if "images listed" in line]
+        took, shown = watched_planning(store.url, Path(folder, "labels"), make_bundle(folder))
         return {
             "objects": objects,
             "listing_alone": {"seconds": listing["seconds"], "keys_per_s": round(objects / listing["seconds"])},
-            "planning_lines_shown": len(shown),
-            "last_line_shown": re.sub(r"^.*planning", "planning", shown[-1][1].strip()) if shown else None,
+            "planning_seconds": took,
+            "progress_shown": shown,
         }
+
+
+def watched_planning(data: str, out: Path, bundle: str) -> tuple[float | None, list[str]]:
+    """Seconds that `raycnn label` takes to plan, and what it says meanwhile; it is interrupted afterwards.
+
+    It tells how far it is once a second; where it told nothing, the seconds are not known.
+    """
+    plan, began, is_over = out / plan_path(0), None, False
+    shown: list[str] = []
+    command = [RAYCNN, "label", data, str(out), "--bundle", bundle]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "images listed" in line:
+                began = began or time.time() - 1
+                shown.append(line.strip())
+            if plan.exists() and not is_over:
+                is_over = True
+                process.send_signal(signal.SIGINT)
+    return round(plan.stat().st_mtime - began, 1) if began else None, shown
 
 
 # Labeling
@@ -269,7 +278,7 @@ def labeling(counts: tuple[int, ...]) -> dict[str, Any]:
         "distinct_images": DISTINCT,
         "marginal_worker_cpu_us_per_image": round(1e6 * cost, 1),
         "growth": {
-            who: round(more[f"{who}_peak_rss_mib"] - less[f"{who}_peak_rss_mib"], 1) for who in ("driver", "worker")
+            f"{who}_mib": round(more[f"{who}_peak_mib"] - less[f"{who}_peak_mib"], 1) for who in ("driver", "worker")
         },
     }
 
@@ -352,9 +361,9 @@ class Samples:
         peaks = sorted((self._peak[pid] for pid in self._workers), reverse=True)
         return {
             "driver_cpu_s": round(self._cpu_s[driver], 1),
-            "driver_peak_rss_mib": round(self._peak[driver] / MIB, 1),
+            "driver_peak_mib": round(self._peak[driver] / MIB, 1),
             "workers": len(peaks),
             "workers_cpu_s": round(sum(self._cpu_s[pid] for pid in self._workers), 1),
-            "worker_peak_rss_mib": round(peaks[0] / MIB, 1) if peaks else 0.0,
-            "workers_peak_rss_mib": [round(peak / MIB, 1) for peak in peaks],
+            "worker_peak_mib": round(peaks[0] / MIB, 1) if peaks else 0.0,
+            "workers_peak_mib": [round(peak / MIB, 1) for peak in peaks],
         }
