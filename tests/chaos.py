@@ -296,8 +296,9 @@ class _Armed:
 
     def finish(self) -> bool:
         """Mend what it has broken, if it has happened; whether it has."""
-        if not self._happened.is_set():
-            return False
+        with self._lock:  # a driver may be seen to be dead before its kill is seen to have happened
+            if not self._happened.is_set():
+                return False
         if self._failed is not None:
             raise self._failed
         if not self._is_mended:
