@@ -18,7 +18,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -368,34 +368,40 @@ def new_slices(listed: Iterable[Slice], planned: Iterable[Slice], growth: Growth
     other places now, and a key would be labelled twice. Both sides come in the order of their paths, so that
     memory does not grow with them.
     """
-    both = heapq.merge(
-        ((path_order(piece.path), False, piece) for piece in planned),
-        ((path_order(piece.path), True, piece) for piece in _in_order(listed)),
-        key=lambda entry: entry[:2],
-    )
-    for _, entries in itertools.groupby(both, key=lambda entry: entry[0]):
-        rows, etag, is_gone = 0, None, True
-        for _, is_listed, piece in entries:
-            if not is_listed:
-                rows, etag = rows + piece.rows, piece.etag
-                continue
-            is_gone = False
-            if etag is None:
-                yield piece
-            elif etag != piece.etag:
+    known, last = _objects(planned), b""
+    have = next(known, None)
+    for path, pieces in itertools.groupby(listed, key=attrgetter("path")):
+        order = path_order(path)
+        if order < last:  # it could be taken for a new one, and be labelled twice
+            raise DataError(f"{path!r} is listed after a name that follows it, so that nothing was planned")
+        last = order
+        while have and have.order < order:
+            growth.gone += have.rows
+            have = next(known, None)
+        if have is None or have.order != order:
+            yield from pieces
+            continue
+        for piece in pieces:
+            if piece.etag != have.etag:
                 growth.changed += piece.rows
-        growth.gone += rows * is_gone
+        have = next(known, None)
+    if have:
+        growth.gone += have.rows + sum(left.rows for left in known)
 
 
-def _in_order(slices: Iterable[Slice]) -> Iterator[Slice]:
-    """The slices, unless one comes before its turn: it could be taken for a new one, and be labelled twice."""
-    last = b""
-    for piece in slices:
-        path = path_order(piece.path)
-        if path < last:
-            raise DataError(f"{piece.path!r} is listed after a name that follows it, so that nothing was planned")
-        last = path
-        yield piece
+class _Object(NamedTuple):
+    order: bytes
+    etag: str
+    rows: int
+
+
+def _objects(planned: Iterable[Slice]) -> Iterator[_Object]:
+    """What was planned, by object."""
+    for path, pieces in itertools.groupby(planned, key=attrgetter("path")):
+        etag, rows = "", 0
+        for piece in pieces:
+            etag, rows = piece.etag, rows + piece.rows
+        yield _Object(path_order(path), etag, rows)
 
 
 LABEL_PARTS = "labels"
