@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             site = Site(server, proxy, oracle.Bucket(server), nodes, bundle)
             _fill(site)
-            wanted = os.environ.get("RAYCNN_CHAOS", "")
-            chosen = [s for s in scenarios(site) if wanted in f"{s.step}/{s.target}/{s.layout}/{s.source}"]
+            wanted = os.environ.get("RAYCNN_CHAOS", "").split(", ")
+            chosen = [s for s in scenarios(site) if any(w in f"{s.step}/{s.target}/{s.layout}/{s.source}" for w in wanted)]
             return _report(site, chosen, seed)
         finally:
             nodes.stop()
