@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hazards import hazards, tar_of_hazards
+from hazards import hazards, sparse_tar, tar_of_hazards
 
 from raycnn.config import ImageSpec
 from raycnn.errors import Bad, Status
@@ -63,3 +63,10 @@ def test_hostile_members_of_a_tar_are_images_under_their_names_or_are_counted(tm
     assert [(sample.key, sample.encoded) for sample in found] == expected
     assert skipped == hazard.skipped
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_sparse_file_in_a_tar_is_left_out_and_counted(tmp_path):
+    (tmp_path / "a.tar").write_bytes(sparse_tar() + bytes(1024))
+    skipped = Counter()
+    assert list(open_collection(str(tmp_path), ()).slices(skipped)) == []
+    assert skipped == {"sparse files in tars": 1}

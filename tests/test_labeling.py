@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from hazards import hazards
 from PIL import Image
 
 import raycnn
@@ -117,6 +120,26 @@ def test_new_images_are_the_next_generation_and_what_changed_is_reported(tmp_pat
     assert proof.inputs == {"new": 0, "changed": 1, "gone": 1}
 
 
+def test_a_resumed_run_also_labels_what_has_come_since_it_was_planned(tmp_path, bundle):
+    data, out = fill(str(tmp_path / "photos"), {f"{i:02d}.png": png(i) for i in range(20)}), str(tmp_path / "labels")
+    _label_after(lambda: fill(data, {"new.png": png(50)}), data, out, bundle)
+    report = raycnn.label(data, out, bundle=bundle)
+    assert (report.generations, report.rows) == (2, 21)
+    assert raycnn.verify(out, deep=True).inputs == {"new": 0, "changed": 0, "gone": 0}
+
+
+def test_a_renamed_file_of_keyed_rows_does_not_double_them(tmp_path, bundle):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    pq.write_table(pa.table({"key": ["a", "b"], "image": [png(1), png(2)]}), photos / "one.parquet")
+    out = str(tmp_path / "labels")
+    raycnn.label(str(photos), out, bundle=bundle)
+    (photos / "one.parquet").rename(photos / "two.parquet")
+    with pytest.raises(DataError, match="may hold the same keys"):
+        raycnn.label(str(photos), out, bundle=bundle)
+    assert raycnn.verify(out).error is None
+
+
 @pytest.mark.timeout(240)
 def test_a_run_that_was_killed_is_resumed_and_loses_and_doubles_nothing(tmp_path, bundle):
     data, some = str(tmp_path / "photos"), [png(i) for i in range(50)]
@@ -143,6 +166,16 @@ def test_a_run_that_was_killed_is_resumed_and_loses_and_doubles_nothing(tmp_path
     assert proof.error is None
     assert (proof.expected, proof.present) == (5000, 5000)
     assert sorted(r["key"] for r in rows_of(str(out))) == sorted(files)
+
+
+def test_every_hazard_has_a_row_with_the_status_that_is_expected_of_it(tmp_path, bundle):
+    expected = {name.replace("/", "-"): hazard for name, hazard in hazards().items()}
+    data = fill(str(tmp_path / "photos"), {name: hazard.encoded for name, hazard in expected.items()})
+    report = raycnn.label(data, str(tmp_path / "labels"), bundle=bundle)
+    rows = {row["key"]: row["status"] for row in rows_of(str(tmp_path / "labels"))}
+    assert rows == {name: str(hazard.status) for name, hazard in expected.items()}
+    assert report.status == Counter(rows.values())
+    assert raycnn.verify(str(tmp_path / "labels")).error is None
 
 
 def test_another_bundle_needs_another_output(tmp_path, bundle):
@@ -175,7 +208,8 @@ def _label_after(happens, data: str, out: str, bundle: str) -> None:
     run = labeling._LabelRun(config, bundles.load(bundle), open_collection(data), lambda event: None)
     run.plans()
     happens()
-    run.run(0.0)
+    config, loaded, collection = run._config, run._bundle, open_collection(data)
+    labeling._LabelRun(config, loaded, collection, lambda event: None).run(0.0)
 
 
 def test_an_output_inside_its_input_is_refused(tmp_path, bundle):

@@ -200,10 +200,11 @@ class _LabelRun:
             yield piece
 
     def _label(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
+        bad = self._bad_before(plan, pending)
+        self._check_bad(bad, plan)
         if not pending:
             return
         done = plan.rows - sum(r.rows for r in pending)
-        bad = self._bad_before(plan, pending)
         for result in self._results(plan, pending):
             done += result["rows"]
             bad.update({k: v for k, v in result.get("counts", {"status": {}})["status"].items() if k != Status.OK})
