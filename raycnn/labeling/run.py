@@ -24,7 +24,7 @@ from raycnn.storage import contains, open_store
 if TYPE_CHECKING:
     from raycnn import bundle as bundles
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 
 
 def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelReport:
