@@ -238,14 +238,11 @@ class Labeling:
         puts = Counter(r.key for r in self.log if r.method == "PUT" and re.search(PART, r.key))
         times, again, in_flight = Counter[int](), 0, 0
         unit_of = self._units() if self.source.layout == "flat" else {}
-        reads = [(at, unit_of[r.key], r.key) for at, r in enumerate(self.log) if r.method == "GET" and r.key in unit_of]
+        gets = [(at, r) for at, r in enumerate(self.log) if r.method == "GET" and r.key in unit_of]
+        # What was killed when it had been answered stands there twice.
+        reads = [(at, unit_of[r.key], r.key) for at, r in gets if r.done != "killed at answered"]
         for (unit, _), n in Counter((unit, key) for _, unit, key in reads).items():
             times[unit] = max(times[unit], n)
-        print("DEBUG", dict(times), [(k.requests, len(k.parts)) for k in self.killed], len(self.log), file=sys.stderr)
-        if max(times.values(), default=1) > 1:
-            for unit, n in sorted(times.items()):
-                ats = [(at, self.log[at].done) for at, u, k in reads if u == unit]
-                print("DEBUG", unit, n, ats[:1], ats[-1:], [a for a, d in ats if d != "passed"], Counter(d for a, d in ats), file=sys.stderr)
         for kill in self.killed:
             finished = {int(re.findall(r"-(\d+)\.", path)[-1]) for path in kill.parts}
             again += len({unit for at, unit, _ in reads if at >= kill.requests and unit in finished})
