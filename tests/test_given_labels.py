@@ -26,15 +26,33 @@ def task(key: str, *chosen: str, cancelled: bool = False, **more: object) -> dic
     return {"data": {"key": key, "image": "data:"}, "annotations": annotations, "predictions": [prediction], **more}
 
 
+OLD = [task("a.png", "dog"), task("b.png"), task("c.png", "007")]
+OTHER = {
+    "annotations": [
+        {
+            "result": [
+                {"type": "relation", "from_id": "x", "to_id": "y"},
+                {"from_name": "quality", "type": "choices", "value": {"choices": ["blurred"]}},
+            ]
+        }
+    ]
+}
+"""A task in which a person has said something, but not what class it is."""
+
 FILES = {
     "review.csv": "key,label,margin,corrected\na.png,cat,0.5,dog\nb.png,cat,0.4,\nc.png,eel,0.3,007\n",
     "saved-by-excel.csv": "\ufeffkey,label,corrected\r\na.png,cat,dog \r\nb.png,cat,\r\nc.png,eel,007\r\n",
+    "saved-in-germany.csv": "Key;Label ;Corrected;\r\na.png;cat;dog;\r\nb.png;cat\r\nc.png;eel;007;surely\r\n;;;\r\n",
+    "quoted.csv": '"key", corrected\n"a.png","dog"\nb.png,\n"c.png",007\n',
     "plain.csv": "key,label\na.png,dog\nb.png,\nc.png,007\n",
     "plain.tsv": "class\tkey\ndog\ta.png\n\tb.png\n007\tc.png\n",
     "lines.jsonl": '{"key": "a.png", "label": "dog"}\n{"key": "b.png"}\n{"key": "c.png", "label": "007"}\n',
     "exported.csv": "key,label,class_name\na.png,1,dog\nb.png,,\nc.png,0,007\n",
     "studio.json": json.dumps([task("a.png", "dog"), task("b.png"), task("c.png", "007", "007")]),
     "skipped.json": json.dumps([task("a.png", "dog"), task("b.png", "eel", cancelled=True), task("c.png", "007")]),
+    "studio-0.9.json": json.dumps([{"completions" if k == "annotations" else k: v for k, v in t.items()} for t in OLD]),
+    "studio-more.json": json.dumps([task("a.png", "dog"), {**OTHER, "data": {"key": "b.png"}}, task("c.png", "007")]),
+    "STUDIO.JSON": json.dumps([task("a.png", "dog"), task("c.png", "007")]),
     "studio-min.json": json.dumps(
         [{"key": "a.png", "label": "dog"}, {"key": "b.png"}, {"key": "c.png", "label": "007"}]
     ),
@@ -68,6 +86,13 @@ def test_parquet_gives_labels_too(tmp_path):
             json.dumps([{"data": {"image": "x"}, "annotations": [{"result": []}]}]),
             "import the tasks.json",
         ),
+        ("none.json", json.dumps([{"data": {"key": None}, "annotations": []}]), "whose tasks have a `key`"),
+        ("both.json", json.dumps([{"key": "a", "label": {"choices": ["cat", "dog"]}}]), "'a' is 'cat' and again 'dog'"),
+        ("unread.json", json.dumps([{"data": {"key": "a"}, "predictions": []}]), "fill in the control 'label'"),
+        ("unicode.csv", b"\xff\xfek\0e\0y\0", "is not UTF-8 text; save it as CSV in UTF-8"),
+        ("table.xlsx", b"PK\x03\x04\xff", "is not UTF-8 text; save it as CSV in UTF-8"),
+        ("open.csv", 'key,label\n"a,cat\nb,dog\n', "unexpected end of data; save it as CSV anew"),
+        ("columns.csv", "key,label,Label\na,cat,dog\n", "two of its columns are named 'label'"),
         ("broken.json", "[", "not a JSON export of Label Studio"),
         ("object.json", "{}", "nobody has given a label"),
         (None, "", "no such file"),
@@ -75,7 +100,7 @@ def test_parquet_gives_labels_too(tmp_path):
 )
 def test_a_file_that_says_nothing_or_two_things_is_refused(name, content, said, tmp_path):
     if name:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=said):
         read_labels(str(tmp_path / (name or "none.csv")))
 

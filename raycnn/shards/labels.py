@@ -1,6 +1,8 @@
 """Labels that people have given: lists of keys with class names, and what Label Studio exports."""
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -13,6 +15,8 @@ from raycnn.shards.objects import LABEL_COLUMNS, parse_list, text_column
 from raycnn.storage import open_store
 
 KEY, CORRECTED, CLASS_NAME = "key", "corrected", "class_name"
+CHOICES = "label"
+"""What `raycnn review` calls the control in which a person chooses a class."""
 
 
 class GivenLabels:
@@ -95,13 +99,19 @@ def read_labels(url: str) -> GivenLabels:
         data = open_store(folder or "/").get(name)
     except ObjectMissing:
         raise DataError(f"{url}: no such file; --labels takes a list of keys and class names") from None
-    rows = _of_label_studio(data, url) if name.endswith(".json") else _of_list(parse_list(data, name, url), url)
+    kind = name.lower().rpartition(".")[2]
+    if kind == "json":
+        rows = _of_label_studio(data, url)
+    else:
+        is_list = kind in {"jsonl", "parquet"}
+        rows = _of_list(parse_list(data, f".{kind}", url) if is_list else _spreadsheet(data, url), url)
     labels: dict[str, str] = {}
     for key, label in ((key, label.strip()) for key, label in rows):
         if label and labels.setdefault(key, label) != label:
             raise DataError(f"{url}: {key!r} is {labels[key]!r} and again {label!r}; keep one of them")
     if not labels:
-        raise DataError(f"{url}: nobody has given a label in it; fill in its column `corrected`, or `label`")
+        where = f"the control {CHOICES!r}" if kind == "json" else "its column `corrected`, or `label`"
+        raise DataError(f"{url}: nobody has given a label in it; fill in {where}")
     return GivenLabels(labels)
 
 
@@ -112,17 +122,34 @@ def _of_list(table: pa.Table, where: str) -> Iterable[tuple[str, str]]:
     return zip(text_column(table, (KEY,), where), text_column(table, columns[:1], where), strict=True)
 
 
-def _of_label_studio(data: bytes, where: str) -> Iterator[tuple[str, str]]:
-    """(key, class name) of each annotation in an export as JSON, or of each line of one as JSON-MIN."""
+def _spreadsheet(data: bytes, where: str) -> pa.Table:
+    """A CSV or TSV file as people save it: with semicolons, a byte order mark, capitals and spaces in its header."""
     try:
-        tasks = json.loads(data)
-        for task in tasks:
-            if "annotations" not in task:
-                yield str(task["key"]), str(task.get("label") or "")
-                continue
-            for annotation in task["annotations"]:
-                if not annotation.get("was_cancelled"):
-                    yield str(task["data"]["key"]), _choice(annotation)
+        text = data.decode("utf-8-sig")
+        header = text.partition("\n")[0]
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        names = [name.strip().lower() for name in next(lines, [])]
+        # Lines may be shorter, where the rest is empty, or longer than the header: what has no name is not asked for.
+        cells = [[*line, *[""] * len(names)][: len(names)] for line in lines]
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8 text; save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{where}: cannot be read as a list: {error}; save it as CSV anew") from None
+    twice = {name for name in names if name in {KEY, CORRECTED, *LABEL_COLUMNS} and names.count(name) > 1}
+    if twice:
+        raise DataError(f"{where}: two of its columns are named {min(twice)!r}; rename or remove one")
+    return pa.table({name: [line[i] for line in cells] for i, name in enumerate(names)})
+
+
+def _of_label_studio(data: bytes, where: str) -> Iterator[tuple[str, str]]:
+    """(key, class name) of each choice in an export as JSON, or in one as JSON-MIN."""
+    try:
+        for task in json.loads(data):
+            key = task["data"][KEY] if "data" in task else task[KEY]
+            if not isinstance(key, str):
+                raise TypeError
+            for name in _chosen(task):
+                yield key, str(name)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
             f"{where}: not a JSON export of Label Studio whose tasks have a `key`; import the tasks.json of "
@@ -130,7 +157,15 @@ def _of_label_studio(data: bytes, where: str) -> Iterator[tuple[str, str]]:
         ) from None
 
 
-def _choice(annotation: dict[str, Any]) -> str:
-    """The class that a person has chosen, or nothing where none was."""
-    chosen = [name for result in annotation["result"] for name in result["value"].get("choices", [])]
-    return str(chosen[0]) if len(set(chosen)) == 1 else ""
+def _chosen(task: dict[str, Any]) -> Iterator[Any]:
+    """What people have chosen in a task: what they skipped, and what they said in other controls, does not count."""
+    if "data" not in task:
+        said = task.get(CHOICES) or []
+        said = said["choices"] if isinstance(said, dict) else said
+        yield from said if isinstance(said, list) else [said]
+        return
+    for annotation in task.get("annotations", task.get("completions", ())):  # as it was called before 1.0
+        if not (annotation.get("was_cancelled") or annotation.get("skipped")):
+            for result in annotation["result"]:
+                if result.get("from_name") == CHOICES:
+                    yield from result["value"].get("choices", ())
