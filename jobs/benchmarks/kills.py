@@ -223,7 +223,7 @@ def _fused_workers() -> Iterator[Scenario]:
         kills = _kills(step, "PUT", chaos.PART, (stage,) * KILLS, "worker", 2)
         yield Scenario(step, "worker", kills, per_kill=1)
     for source in ("tar", "packed"):
-        kills = _kills("PUT", "PUT", chaos.PART, ("request", "half", "stored"), "worker", 2)
+        kills = _kills("PUT", "PUT", chaos.PART, ("request", "half", "stored"), "worker", 1)
         yield Scenario("PUT", "worker", kills, source=source)
 
 
