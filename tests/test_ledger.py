@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import raycnn
-from raycnn import ledger as ledgers
 from raycnn.errors import ConfigError, DataError, StorageError
-from raycnn.ledger import Growth, Ledger, Plan, UnitRef, label_ledger, new_slices
+from raycnn.ledger import Growth, Ledger, Plan, UnitRef, label_ledger, new_slices, pages
 from raycnn.shards import Slice
 from raycnn.storage import open_store
 
@@ -88,7 +87,7 @@ def test_the_memory_of_planning_does_not_grow_with_the_collection(tmp_path, monk
         tracemalloc.stop()
         return most
 
-    monkeypatch.setattr(ledgers, "PAGE_UNITS", 2)
+    monkeypatch.setattr(pages, "PAGE_UNITS", 2)
     peak(4)
     few, many = peak(8), peak(40)
     assert (many - few) / (32 * 64) < 40, "bytes for a key; a slice has 300"

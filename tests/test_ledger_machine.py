@@ -15,10 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from memory_store import FAILURES, OPEN, Actor, Crash, MemoryStore, Mode, Planned, Verdict, World
 from test_ledger import finish, part
 
-from raycnn import ledger as ledgers
 from raycnn.config import VerifyConfig
 from raycnn.errors import ConfigError, StorageError
-from raycnn.ledger import Growth, Ledger, UnitRef, label_ledger, new_slices, success_path, verify
+from raycnn.ledger import Growth, Ledger, UnitRef, label_ledger, new_slices, pages, success_path, verification, verify
 
 ACTORS = 6
 """Processes at a time."""
@@ -74,8 +73,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(ledgers, "PAGE_UNITS", 2)
-        self.patch.setattr(ledgers, "open_store", OPEN.__getitem__)
+        self.patch.setattr(pages, "PAGE_UNITS", 2)
+        for module in (pages, verification):
+            self.patch.setattr(module, "open_store", OPEN.__getitem__)
         self.actors: list[Actor] = []
         self.sent: list[UnitRef] = []
         self.versions = 0
