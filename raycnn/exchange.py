@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import raycnn
 from raycnn.config import MIB, ExportConfig
 from raycnn.errors import ConfigError, DataError, ObjectMissing
-from raycnn.ledger import ALTERED, LABEL_PARTS, Ledger, Plan, UnitRef, label_ledger
+from raycnn.ledger import ALTERED, EMBEDDING_PARTS, LABEL_PARTS, Ledger, Plan, UnitRef, label_ledger
 from raycnn.storage import contains, open_store
 
 VERSION = 1
@@ -35,7 +35,6 @@ KEPT = 0.78
 GROUP_BYTES = 64 * MIB
 """Rows that are written as one row group, in bytes of Arrow memory."""
 READ_THREADS = 8
-EMBEDDING_PARTS = "embeddings"
 OF_ONE_PART = {b"unit", b"plan", b"rows"}
 """What a part's metadata says of itself alone; the rest is the lineage of its rows."""
 
@@ -92,6 +91,16 @@ class FinishedLabels:
         """Every class that the model knows; none where raycnn 0.1 has written the labels."""
         return self._markers[0].get("class_names", [])
 
+    def check_apart(self, dst: str) -> None:
+        """Refuse an output that would become part of the labels or of what was labelled, or the other way round.
+
+        Raises:
+            ConfigError: it lies inside one of them, or around it.
+        """
+        for what, url in (("the labels", self.store.url), ("the labelled images", self.selection["data"])):
+            if contains(url, dst) or contains(dst, url):
+                raise ConfigError(f"{dst} and {what} {url} lie inside each other; choose another output")
+
     def refs(self, plans: Sequence[Plan]) -> Iterator[UnitRef]:
         """Every unit of the plans, in order."""
         return (ref for plan in plans for ref in plan.refs)
@@ -121,12 +130,11 @@ class FinishedLabels:
 
     def embeddings(self, ref: UnitRef) -> bytes:
         """The unit's keys and embeddings as Parquet, which lie beside the labels under the same name."""
-        return self._read(_embeddings_path(self.ledger.path(ref)))
+        return self._read(self.ledger.embeddings_path(ref))
 
     def embedding_sizes(self) -> dict[str, int]:
-        """Bytes of each unit's embeddings, by the unit's name."""
-        entries = self.store.list(_embeddings_path(self.ledger.parts) + "/")
-        return {e.path.rpartition("/")[2].removesuffix(self.ledger.suffix): e.size for e in entries}
+        """Bytes of each unit's embeddings, by their path."""
+        return {entry.path: entry.size for entry in self.store.list(f"{EMBEDDING_PARTS}/")}
 
     def _described(self, ref: UnitRef) -> dict[str, Any]:
         path = self.ledger.path(ref)
@@ -141,21 +149,16 @@ class FinishedLabels:
             raise DataError(f"{self.store.address(path)} {ALTERED}") from None
 
 
-def _embeddings_path(path: str) -> str:
-    return EMBEDDING_PARTS + path.removeprefix(LABEL_PARTS)
-
-
 def export(config: ExportConfig, progress: Progress | None = None) -> ExportReport:
     """Compact a label output, or resume, or add what it has got since, or find nothing to do.
 
     Raises:
-        ConfigError: source and output lie inside each other, or the output holds an export of other labels.
+        ConfigError: the output lies inside the labels or what was labelled, or holds an export of other labels.
         DataError: the labels are not finished, were altered, or have no embeddings.
     """
-    if contains(config.out, config.dst) or contains(config.dst, config.out):
-        raise ConfigError(f"{config.dst} and the labels {config.out} lie inside each other; choose another output")
-    run = _Export(config, FinishedLabels(config.out), progress or (lambda event: None))
-    return run.run()
+    labels = FinishedLabels(config.out)
+    labels.check_apart(config.dst)
+    return _Export(config, labels, progress or (lambda event: None)).run()
 
 
 class _Export:
@@ -219,12 +222,13 @@ class _Export:
         group: list[UnitRef] = []
         size = 0
         for ref in self._labels.refs(plans):
-            if self._embeddings and ref.name not in embeddings:
+            beside = self._labels.ledger.embeddings_path(ref)
+            if self._embeddings and beside not in embeddings:
                 raise DataError(
-                    f"{self._labels.store.address()}: {ref.name} has no embeddings; label with --embeddings to "
-                    "another output, or export without"
+                    f"{self._labels.store.address(beside)} is not there; label with --embeddings to another output, "
+                    "or export without"
                 )
-            own = round(self._labels.bytes_of(ref) * KEPT) + embeddings.get(ref.name, 0)
+            own = round(self._labels.bytes_of(ref) * KEPT) + embeddings.get(beside, 0)
             if group and size + own > FILE_BYTES:
                 yield group
                 group, size = [], 0

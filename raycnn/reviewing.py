@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from raycnn.exchange import READ_THREADS, FinishedLabels, Progress
 from raycnn.ledger import UnitRef, fingerprint_id
 from raycnn.reporting.lettering import shortened, written
 from raycnn.shards import Slice, open_collection, path_order
+from raycnn.storage import Store, open_store
 
 LARGE_SIDE = 1024
 """Longest side in px of the copies that Label Studio shows; they are part of tasks.json, which needs no server."""
@@ -106,27 +108,39 @@ def review(config: ReviewConfig, progress: Progress | None = None) -> ReviewRepo
     """Pick the images most worth a look, read just these, and lay them out.
 
     Raises:
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or lies inside the labels or what was labelled.
         DataError: the labels are not finished, none of them has a prediction, or a shard has changed since.
+        StorageError: the folder cannot be written.
     """
     say = progress or (lambda event: None)
     folder = Path(config.dst)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty, and may hold somebody's corrections; choose a new folder")
     labels = FinishedLabels(config.out)
+    labels.check_apart(config.dst)
     picking = _Picking(config.count)
     for ref, part in _parts(labels, say):
         picking.add(ref, part)
     picks = picking.picks()
     if not picks:
         raise DataError(f"{labels.store.address()}: none of its {picking.rows:,} rows has a prediction to look at")
-    shown = _read(labels, picks, folder)
+    try:
+        return _laid_out(labels, picks, picking, folder)
+    except BaseException:
+        _clear(folder)
+        raise
+
+
+def _laid_out(labels: FinishedLabels, picks: Sequence[Pick], picking: "_Picking", folder: Path) -> ReviewReport:
+    """Read the picked images, and write everything into the folder."""
+    store = open_store(folder)
+    shown = _read(labels, picks, store)
     if not shown:
         raise DataError(
             f"{labels.selection['data']}: the {len(picks)} picked images are gone or changed; label it anew"
         )
     names = labels.class_names or [name for _, name in sorted(picking.class_names.items())]
-    _write(folder, shown, names, labels, picking.rows)
+    _write(store, shown, names, labels, picking.rows)
     return ReviewReport(
         rows=picking.rows,
         picked=len(shown),
@@ -137,6 +151,15 @@ def review(config: ReviewConfig, progress: Progress | None = None) -> ReviewRepo
         tasks=str(folder / "tasks.json"),
         review=str(folder / "review.csv"),
     )
+
+
+def _clear(folder: Path) -> None:
+    """Take away what was begun in a folder that was empty, so that the same command can begin again."""
+    for child in folder.iterdir() if folder.is_dir() else ():
+        if child.is_dir():
+            shutil.rmtree(child, ignore_errors=True)
+        else:
+            child.unlink(missing_ok=True)
 
 
 def _parts(labels: FinishedLabels, say: Progress) -> Iterator[tuple[UnitRef, bytes]]:
@@ -220,9 +243,8 @@ class _Picking:
         return list(itertools.islice(ordered, self._count))
 
 
-def _read(labels: FinishedLabels, picks: Sequence[Pick], folder: Path) -> list[Shown]:
-    """The picks whose image can be read now, in their order; each image is copied to the folder on the way."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+def _read(labels: FinishedLabels, picks: Sequence[Pick], store: Store) -> list[Shown]:
+    """The picks whose image can be read now, in their order; each image is copied to the store on the way."""
     collection = open_collection(labels.selection["data"], ())
     by_unit = sorted(range(len(picks)), key=lambda i: picks[i].ref)
     pieces = [(_piece(labels.ledger.slices(picks[i].ref), picks[i].row), i) for i in by_unit]
@@ -235,7 +257,7 @@ def _read(labels: FinishedLabels, picks: Sequence[Pick], folder: Path) -> list[S
         header = images.read_header(sample.encoded)
         if not isinstance(pixels, Bad) and not isinstance(header, Bad):
             file = _file_name(i + 1, sample.key, header.format)
-            (folder / file).write_bytes(sample.encoded or b"")
+            store.put(file, sample.encoded or b"")
             found[i] = Shown(picks[i], collection.store.address(piece.path), file, _for_browsers(pixels))
     return [found[i] for i in sorted(found)]
 
@@ -273,18 +295,24 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), kernel)
 
 
-def _write(folder: Path, shown: Sequence[Shown], names: Sequence[str], labels: FinishedLabels, rows: int) -> None:
+def _write(store: Store, shown: Sequence[Shown], names: Sequence[str], labels: FinishedLabels, rows: int) -> None:
     model = f"raycnn {fingerprint_id(labels.fingerprint)}"
-    (folder / "contact.png").write_bytes(contact_sheet(shown, rows))
-    (folder / "config.xml").write_text(_interface(names), encoding="utf-8")
-    with (folder / "review.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("key", "label", "probability", "margin", "corrected"))
-        table.writerows(
-            (s.pick.key, s.pick.class_name, f"{s.pick.probability:.4f}", f"{s.pick.margin:.4f}", "") for s in shown
-        )
     tasks = [_task(s, model) for s in shown]
-    (folder / "tasks.json").write_text(json.dumps(tasks, indent=1, ensure_ascii=False), encoding="utf-8")
+    store.put("contact.png", contact_sheet(shown, rows))
+    store.put("config.xml", _interface(names).encode())
+    store.put("tasks.json", json.dumps(tasks, indent=1, ensure_ascii=False).encode())
+    store.put("review.csv", _table(shown).encode())
+
+
+def _table(shown: Sequence[Shown]) -> str:
+    """The picks as CSV, with a column for a person to write into."""
+    sink = io.StringIO(newline="")
+    table = csv.writer(sink)
+    table.writerow(("key", "label", "probability", "margin", "corrected"))
+    table.writerows(
+        (s.pick.key, s.pick.class_name, f"{s.pick.probability:.4f}", f"{s.pick.margin:.4f}", "") for s in shown
+    )
+    return sink.getvalue()
 
 
 def _interface(names: Sequence[str]) -> str:

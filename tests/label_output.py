@@ -49,11 +49,10 @@ def make_labels(data: str, out: str, per_unit: int = 4, embeddings: bool = False
         rows = label_rows(keys, failures, predictions(len(keys) - 1, ref.unit), CLASSES, abstain)
         metadata = {"bundle": "b1", "decoder": f"d{ref.unit % 2}", "unit": str(ref.unit), "plan": ref.plan}
         if embeddings:
-            width, sink = 6, io.BytesIO()
-            flat = pa.array(np.full(len(keys) * width, ref.unit, np.float16))
-            beside = pa.table({"key": keys, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
+            lists = [None if f else [float(ref.unit)] * 6 for f in failures]
+            beside, sink = pa.table({"key": keys, "embedding": pa.array(lists, pa.list_(pa.float16()))}), io.BytesIO()
             pq.write_table(beside, sink)
-            ledger.store.create(ledger.path(ref).replace("labels/", "embeddings/", 1), sink.getvalue())
+            ledger.put_embeddings(ref, sink.getvalue(), len(keys))
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_batches([rows]).replace_schema_metadata(metadata), sink, compression="zstd")
         part = sink.getvalue()

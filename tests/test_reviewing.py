@@ -17,8 +17,9 @@ from label_output import CLASSES, make_labels, png
 from PIL import Image
 
 import raycnn
-from raycnn.errors import ConfigError, DataError
+from raycnn.errors import ConfigError, DataError, StorageError
 from raycnn.reviewing import ReviewReport
+from raycnn.shards import read_labels
 
 
 def labelled(out: Path) -> list[dict]:
@@ -165,6 +166,52 @@ def test_a_folder_with_something_in_it_is_not_written_to(photos, tmp_path):
     with pytest.raises(ConfigError, match="is not empty, and may hold somebody's corrections"):
         raycnn.review(str(tmp_path / "labels"), str(tmp_path / "review"))
     assert len(list((tmp_path / "review").iterdir())) == 1
+    for dst in (tmp_path / "labels" / "review", tmp_path / "photos" / "review"):
+        with pytest.raises(ConfigError, match="lie inside each other"):
+            raycnn.review(str(tmp_path / "labels"), str(dst))
+        assert not dst.exists()
+    with pytest.raises(StorageError, match="name a folder that is free"):
+        raycnn.review(str(tmp_path / "labels"), str(tmp_path / "review" / "review.csv" / "more"))
+
+
+def test_a_review_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        parquet(tmp_path / "data" / name)
+    make_labels(str(tmp_path / "data"), str(tmp_path / "labels"), per_unit=3)
+    last = tmp_path / "data" / "b" / "all.parquet"
+    last.rename(tmp_path / "kept")
+    pq.write_table(pa.table({"image": [png(i) for i in range(9)]}), last)
+    with pytest.raises(DataError):
+        raycnn.review(str(tmp_path / "labels"), str(tmp_path / "review"), count=12)
+    assert list((tmp_path / "review").iterdir()) == []
+    (tmp_path / "kept").rename(last)
+    assert raycnn.review(str(tmp_path / "labels"), str(tmp_path / "review"), count=12).picked == 12
+
+
+HOSTILE = (
+    "new\nline.png",
+    'a,b;"c".png',
+    "=1+2.png",
+    "<b>&amp;.png",
+    "写真 🙂.png",
+    "tab\there.png",
+    "x" * 200,
+    "%41+#?.png",
+)
+
+
+def test_any_name_is_shown_and_comes_back_as_it_is(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, name in enumerate(("0", *HOSTILE)):
+        (tmp_path / "photos" / name).write_bytes(png(i))
+    make_labels(str(tmp_path / "photos"), str(tmp_path / "labels"), per_unit=100)
+    _, lines = review(tmp_path / "labels", tmp_path / "review")
+    keys = {line["key"] for line in lines}
+    assert keys == {"0", *HOSTILE} - {"%41+#?.png"}
+    text = (tmp_path / "review" / "review.csv").read_text(encoding="utf-8")
+    (tmp_path / "review" / "review.csv").write_text(text.replace(",\n", ",dog\n"), encoding="utf-8")
+    assert read_labels(str(tmp_path / "review" / "review.csv")).by_key == dict.fromkeys(keys, "dog")
 
 
 def test_nothing_to_look_at_is_said(tmp_path):

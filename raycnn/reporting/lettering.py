@@ -13,7 +13,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def written(words: str, size: int) -> tuple[str, Font]:
-    """The words in letters that the font has, and the font."""
+    """The words on one line, in letters that the font has, and the font."""
+    words = "".join(letter if letter.isprintable() else "?" for letter in words)
     font = ImageFont.load_default(size)
     if words.isascii():
         return words, font
