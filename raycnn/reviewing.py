@@ -347,14 +347,14 @@ def contact_sheet(shown: Sequence[Shown], rows: int) -> bytes:
 
     Args:
         shown: The first SHEET_IMAGES of them are drawn.
-        rows: Of how many labelled images they were picked.
+        rows: Of how many images they were picked.
     """
     drawn = shown[:SHEET_IMAGES]
     height = TOP + -(-len(drawn) // COLUMNS) * (CELL_HEIGHT + GAP) + MARGIN - GAP
     sheet = Image.new("RGB", (SHEET_WIDTH, height), "white")
     draw = ImageDraw.Draw(sheet)
     count = f"The {len(drawn)}" if len(drawn) == len(shown) else f"The first {len(drawn)} of {len(shown)}"
-    _text(draw, MARGIN, MARGIN, f"{count} images most worth a look, of {rows:,} labelled", 36)
+    _text(draw, MARGIN, MARGIN, f"{count} images most worth a look, of {rows:,}", 36)
     note = "p: probability of the class    m: margin to the next best class    red, with ?: the model has abstained"
     _text(draw, MARGIN, MARGIN + 50, note, 20, QUIET)
     for i, one in enumerate(drawn):
