@@ -22,7 +22,7 @@ from raycnn import bundle as bundles
 from raycnn.config import ImageSpec, PackConfig, make
 from raycnn.errors import ConfigError, DataError
 from raycnn.models import build
-from raycnn.packing import _Planner, split_for, split_shares
+from raycnn.packing.mixing import Planner, split_for, split_shares
 from raycnn.shards import PackedCollection, Slice, open_collection
 from raycnn.shards.containers import TarCollection
 from raycnn.storage import open_store
@@ -148,10 +148,10 @@ def test_class_sorted_tars_are_mixed_and_nothing_of_them_is_lost(tmp_path):
 
 
 def test_a_plan_keeps_runs_of_a_tar_together_and_windows_within_their_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr("raycnn.packing.WINDOW_BYTES", 100 * 2**20)
+    monkeypatch.setattr("raycnn.packing.mixing.WINDOW_BYTES", 100 * 2**20)
     slices = [Slice(f"k{i}", "a.tar", 0, "", i, 1, i * 2**20, 2**20, 0) for i in range(1000)]
     config = make(PackConfig, {"src": "a", "dst": "b"})
-    planner = _Planner(config, TarCollection(open_store(str(tmp_path)), "", ()), tmp_path)
+    planner = Planner(config, TarCollection(open_store(str(tmp_path)), "", ()), tmp_path)
     tasks = list(planner.tasks(iter(slices)))
     assert sorted(s.first for task in tasks for s in task) == list(range(1000))
     assert max(len(task) for task in tasks) <= 100
