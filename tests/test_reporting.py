@@ -304,6 +304,14 @@ def test_a_silent_stage_gives_signs_of_life_ever_more_rarely(watched: Watched):
     assert printed == [f"    still at work, {clock}" for clock in ("0:10", "0:20", "0:40", "1:20")]
 
 
+def test_a_sign_of_life_says_what_is_done_where_nothing_can_be_counted(watched: Watched):
+    watched.line({"kind": "note", "text": "starting"})
+    watched.line({"kind": "status", "text": "planning: 3,000 images listed"})
+    assert watched.at(10) == ["    still at work, 0:10  planning: 3,000 images listed"]
+    watched.line({"kind": "note", "text": "planned"})
+    assert [line for second in range(10, 21) for line in watched.at(second)][-1:] == ["    still at work, 0:10"]
+
+
 def test_after_the_last_epoch_the_line_no_longer_claims_to_train(watched: Watched):
     epoch = {"kind": "epoch", "epochs": 2, "train/loss": 0.5, "val/loss": 0.25, "images_per_s": 1234.5}
     epoch |= {"metrics/accuracy_top1": 0.98765, "skipped": {"truncated": 2}}

@@ -176,6 +176,10 @@ class _LabelRun:
         grouped = units(itertools.chain([first], listed))
         plan = self._ledger.plan(len(plans), grouped, self._selection, self._fingerprint, skipped)
         self._store.create("config.yaml", to_yaml(self._config).encode())
+        left_out = f"; left out: {_listed(skipped)}" if skipped else ""
+        new = "new " if plans else ""
+        text = f"planned {plan.rows:,} {new}images in {len(plan.refs):,} units{left_out}"
+        self._say({"kind": "note", "text": text})
         return [plan]
 
     def _new(self, listed: Iterator[Slice], plans: list[Plan]) -> Iterator[Slice]:
@@ -196,7 +200,7 @@ class _LabelRun:
             rows += piece.rows
             if time.perf_counter() - last > 1:
                 last = time.perf_counter()
-                self._say({"kind": "note", "text": f"planning: {rows:,} images listed"})
+                self._say({"kind": "status", "text": f"planning: {rows:,} images listed"})
             yield piece
 
     def _label(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:

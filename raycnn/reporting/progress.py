@@ -72,6 +72,7 @@ class ProgressLine:
     """Takes the events of a verb and draws them; never writes to standard output.
 
         {"kind": "note", "text"}                             a line that stays
+        {"kind": "status", "text"}                           what is done where nothing can be counted yet
         {"kind": "progress", "done", "total", "text"}        moves the line; a `rate` in it is shown until there is one
                                                              of our own; `unit` is what is counted, else images
         {"kind": "epoch", "epoch", "epochs", ...metrics}     a line that stays
@@ -121,6 +122,8 @@ class ProgressLine:
         with self._lock:
             if event["kind"] == "progress":
                 self._advance(event)
+            elif event["kind"] == "status":
+                self._status = event["text"]
             elif event["kind"] == "epoch":
                 self._print(_epoch_text(event))
                 if event["epoch"] + 1 == event["epochs"]:
@@ -139,7 +142,7 @@ class ProgressLine:
                 self._print(self._text(now))
             elif self._is_waiting and now - self._stage >= self._patience:
                 self._patience *= 2
-                self._print(f"    still at work, {_clock_text(now - self._stage)}")
+                self._print(f"    still at work, {self._waiting_text(now)}")
 
     def _tick_on(self) -> None:
         while not self._over.wait(TICK_S):
@@ -148,6 +151,7 @@ class ProgressLine:
     def _begin_stage(self) -> None:
         """What is counted next began now, after what has been said."""
         self._stage, self._is_waiting, self._patience = self._clock(), True, SILENCE_S
+        self._status = ""
 
     def _advance(self, event: dict[str, Any]) -> None:
         now, done, total = self._clock(), event["done"], event["total"]
@@ -190,10 +194,13 @@ class ProgressLine:
         parts.append(event.get("text", ""))
         return "  ".join(part for part in parts if part)
 
+    def _waiting_text(self, now: float) -> str:
+        return "  ".join(filter(None, [_clock_text(now - self._stage), self._status]))
+
     def _drawn(self) -> RenderableType:
         now = self._clock()
         if self._meter is None or self._is_waiting:
-            self._spinner.update(text=Text(_clock_text(now - self._stage)))
+            self._spinner.update(text=Text(self._waiting_text(now)))
             return self._spinner
         width = 24 if self._console.width >= 90 else 10
         bar = ProgressBar(total=max(1, self._meter.total), completed=self._meter.done, width=width)
