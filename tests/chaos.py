@@ -186,8 +186,8 @@ class Labeling:
                 last = waiting.pop(0)
             if code == 0 and not waiting:
                 break
-            assert code in (last.kill.exits if last is not None else ()), self._ended(process)
             assert code != 0, f"never reached: {', '.join(armed.kill.step for armed in waiting)}"
+            assert code in (last.kill.exits if last is not None else ()), self._ended(process)
         self.look()
 
     def _accompany(self, process: subprocess.Popen[bytes], waiting: list["_Armed"]) -> "_Armed | None":

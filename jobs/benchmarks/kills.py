@@ -247,17 +247,23 @@ def _staged() -> Iterator[Scenario]:
     yield staged("decode", "decode task", _decoding("decode"))
     yield staged("predicted", "actor", _reading("predict", act=_shoot_actor))
     for step, stage in (("predicted", "request"), ("PUT half sent", "half"), ("PUT stored, unanswered", "stored")):
-        yield staged(step, "driver", _kills(step, "PUT", chaos.PART, (stage,) * KILLS, "driver", 2))
+        yield staged(step, "driver", _kills(step, "PUT", chaos.PART, (stage,) * KILLS, "driver", 1))
     yield staged("before _SUCCESS", "driver", _ending(("request",) * KILLS))
     yield staged("mid-run", "driver", _reading("mid-run", act=chaos.shoot_driver, exits=(-9,)))
 
 
 def _shoot_actor(run: Any, pid: int) -> None:
-    """The actor that predicts, when a decode task reads."""
+    """The actor that predicts, when a decode task reads, which may begin before there is an actor."""
     del run, pid
-    found = [p for p in psutil.process_iter(["cmdline"]) if "(PredictActor)" in " ".join(p.info["cmdline"] or ())]
-    assert found, "no actor yet"
+    until = time.monotonic() + 60
+    while not (found := [p for p in psutil.process_iter(["cmdline"]) if "(PredictActor)" in _title(p)]):
+        assert time.monotonic() < until, "no actor"
+        time.sleep(0.2)
     chaos.shoot(found[0].pid)
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())
 
 
 def _ending(stages: tuple[str, ...]) -> Any:
