@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import raycnn
 from raycnn.config import MIB, ExportConfig
 from raycnn.errors import ConfigError, DataError, ObjectMissing
-from raycnn.ledger import ALTERED, EMBEDDING_PARTS, LABEL_PARTS, Ledger, Plan, UnitRef, label_ledger
+from raycnn.ledger import ALTERED, EMBEDDING_PARTS, LABEL_PARTS, Ledger, Plan, UnitRef, label_ledger, success_path
 from raycnn.storage import contains, open_store
 
 VERSION = 1
@@ -59,7 +59,7 @@ class FinishedLabels:
         """Read the plans and the markers.
 
         Raises:
-            DataError: there is no plan, or a generation is not finished.
+            DataError: there is no plan, or a generation is not finished, or its marker was altered.
         """
         self.store = open_store(url)
         self.plans = Ledger(self.store, LABEL_PARTS).plans()
@@ -73,6 +73,8 @@ class FinishedLabels:
                     f"{self.store.address()}: the labels of generation {plan.generation} are not finished; "
                     "run the same `raycnn label` command again, then this one"
                 )
+            if marker.get("plan") != plan.digest or not marker.keys() >= {"parts", "status", "class_names"}:
+                raise DataError(f"{self.store.address(success_path(plan.generation))} {ALTERED}")
             self._markers.append(marker)
         self._parts = {part["path"]: part for marker in self._markers for part in marker["parts"]}
 
@@ -88,8 +90,8 @@ class FinishedLabels:
 
     @property
     def class_names(self) -> list[str]:
-        """Every class that the model knows; none where raycnn 0.1 has written the labels."""
-        return self._markers[0].get("class_names", [])
+        """Every class that the model knows, in its order."""
+        return self._markers[0]["class_names"]
 
     def check_apart(self, dst: str) -> None:
         """Refuse an output that would become part of the labels or of what was labelled, or the other way round.

@@ -118,20 +118,20 @@ def review(config: ReviewConfig, progress: Progress | None = None) -> ReviewRepo
         raise ConfigError(f"{folder} is not empty, and may hold somebody's corrections; choose a new folder")
     labels = FinishedLabels(config.out)
     labels.check_apart(config.dst)
-    picking = _Picking(config.count)
+    picking = _Picking(config.count, len(labels.class_names))
     for ref, part in _parts(labels, say):
         picking.add(ref, part)
     picks = picking.picks()
     if not picks:
         raise DataError(f"{labels.store.address()}: none of its {picking.rows:,} rows has a prediction to look at")
     try:
-        return _laid_out(labels, picks, picking, folder)
+        return _laid_out(labels, picks, picking.rows, folder)
     except BaseException:
         _clear(folder)
         raise
 
 
-def _laid_out(labels: FinishedLabels, picks: Sequence[Pick], picking: "_Picking", folder: Path) -> ReviewReport:
+def _laid_out(labels: FinishedLabels, picks: Sequence[Pick], rows: int, folder: Path) -> ReviewReport:
     """Read the picked images, and write everything into the folder."""
     store = open_store(folder)
     shown = _read(labels, picks, store)
@@ -139,10 +139,9 @@ def _laid_out(labels: FinishedLabels, picks: Sequence[Pick], picking: "_Picking"
         raise DataError(
             f"{labels.selection['data']}: the {len(picks)} picked images are gone or changed; label it anew"
         )
-    names = labels.class_names or [name for _, name in sorted(picking.class_names.items())]
-    _write(store, shown, names, labels, picking.rows)
+    _write(store, shown, labels, rows)
     return ReviewReport(
-        rows=picking.rows,
+        rows=rows,
         picked=len(shown),
         abstained=sum(s.pick.is_abstained for s in shown),
         unreadable=len(picks) - len(shown),
@@ -176,13 +175,11 @@ def _parts(labels: FinishedLabels, say: Progress) -> Iterator[tuple[UnitRef, byt
 class _Picking:
     """The rows of lowest margin of each class, in bounded memory however many rows are added."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, classes: int) -> None:
         self._count, self.rows = count, 0
         self._heaps: dict[int, list[tuple[float, int, Pick]]] = {}
-        self._limits = np.empty(0)
+        self._limits = np.full(classes, np.inf)
         """By class: a row has to rank below this to be among the picks."""
-        self.class_names: dict[int, str] = {}
-        """Of every class that a row lists."""
 
     def add(self, ref: UnitRef, part: bytes) -> None:
         """The rows of the next part."""
@@ -192,7 +189,7 @@ class _Picking:
         if not index.size:
             return
         table = table.take(index)
-        labels, names, probabilities = self._best_two(table["top_k"].combine_chunks())
+        labels, names, probabilities = _best_two(table["top_k"].combine_chunks())
         margins = probabilities[0] - probabilities[1]
         ranks = margins - 2.0 * table["label"].is_null().to_numpy()
         keys = table["key"]
@@ -211,21 +208,6 @@ class _Picking:
             )
             self._push(int(labels[i]), (-rank, -(before + int(index[i])), pick))
 
-    def _best_two(self, top: pa.ListArray) -> tuple[np.ndarray, list[pa.Array], list[np.ndarray]]:
-        """Labels of the best class of each row; class names and probabilities of the best and of the second."""
-        flat = top.flatten()
-        named = pa.table({"label": flat.field("label"), "name": flat.field("class_name")})
-        seen = named.group_by(["label", "name"]).aggregate([])
-        self.class_names.update(zip(seen["label"].to_pylist(), seen["name"].to_pylist(), strict=True))
-        size = max(self.class_names) + 1
-        self._limits = np.concatenate([self._limits, np.full(size - self._limits.size, np.inf)])
-        starts = np.asarray(top.offsets)[:-1] - top.offsets[0].as_py()
-        seconds = pa.array(starts + 1, mask=np.asarray(top.value_lengths()) < 2)
-        places = [pa.array(starts), seconds]
-        names = [flat.field("class_name").take(p) for p in places]
-        probabilities = [flat.field("probability").take(p).fill_null(0).to_numpy() for p in places]
-        return flat.field("label").take(places[0]).to_numpy(), names, probabilities
-
     def _push(self, label: int, entry: tuple[float, int, Pick]) -> None:
         heap = self._heaps.setdefault(label, [])
         if len(heap) < self._count:
@@ -241,6 +223,17 @@ class _Picking:
         turns = itertools.zip_longest(*queues)
         ordered = (pick for turn in turns for pick in sorted((p for p in turn if p), key=lambda p: (p.rank, p.key)))
         return list(itertools.islice(ordered, self._count))
+
+
+def _best_two(top: pa.ListArray) -> tuple[np.ndarray, list[pa.Array], list[np.ndarray]]:
+    """Labels of the best class of each row; class names and probabilities of the best and of the second."""
+    flat = top.flatten()
+    starts = np.asarray(top.offsets)[:-1] - top.offsets[0].as_py()
+    seconds = pa.array(starts + 1, mask=np.asarray(top.value_lengths()) < 2)
+    places = [pa.array(starts), seconds]
+    names = [flat.field("class_name").take(p) for p in places]
+    probabilities = [flat.field("probability").take(p).fill_null(0).to_numpy() for p in places]
+    return flat.field("label").take(places[0]).to_numpy(), names, probabilities
 
 
 def _read(labels: FinishedLabels, picks: Sequence[Pick], store: Store) -> list[Shown]:
@@ -295,11 +288,11 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), kernel)
 
 
-def _write(store: Store, shown: Sequence[Shown], names: Sequence[str], labels: FinishedLabels, rows: int) -> None:
+def _write(store: Store, shown: Sequence[Shown], labels: FinishedLabels, rows: int) -> None:
     model = f"raycnn {fingerprint_id(labels.fingerprint)}"
     tasks = [_task(s, model) for s in shown]
     store.put("contact.png", contact_sheet(shown, rows))
-    store.put("config.xml", _interface(names).encode())
+    store.put("config.xml", _interface(labels.class_names).encode())
     store.put("tasks.json", json.dumps(tasks, indent=1, ensure_ascii=False).encode())
     store.put("review.csv", _table(shown).encode())
 

@@ -140,7 +140,12 @@ def test_what_is_not_finished_or_was_altered_is_not_exported(photos, tmp_path):
     marker = (out / "_SUCCESS-g0000.json").rename(tmp_path / "marker")
     with pytest.raises(DataError, match="generation 0 are not finished; run the same `raycnn label`"):
         raycnn.export(str(out), str(tmp_path / "exported"))
-    marker.rename(out / "_SUCCESS-g0000.json")
+    content = json.loads(marker.rename(out / "_SUCCESS-g0000.json").read_text())
+    for altered in ({"plan": "0" * 64}, {"version": 1}):
+        (out / "_SUCCESS-g0000.json").write_text(json.dumps(altered if "version" in altered else content | altered))
+        with pytest.raises(DataError, match=r"_SUCCESS-g0000\.json was altered"):
+            raycnn.export(str(out), str(tmp_path / "exported"))
+    (out / "_SUCCESS-g0000.json").write_text(json.dumps(content))
     part = out / ledger.path(ledger.plans()[0].refs[3])
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=r"part-g0000-000003\.parquet was altered"):
