@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -44,7 +44,7 @@ def groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield group
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
+def read_ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """The items, of which up to AHEAD are made before they are asked for, on a thread; its exception is raised here."""
     waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
     is_over = threading.Event()
@@ -115,11 +115,13 @@ class Decoder:
             return [s.bad or isolated.pixels(s.encoded, self._spec) for s in samples]
         made: list[images.Pixels | Bad] = []
         armed = 0.0
-        for sample in samples:
-            if (now := time.monotonic()) - armed > REARM_S:
-                # Arming starts a thread, so it is not done for each image: those of one second share a deadline.
-                faulthandler.dump_traceback_later(DECODE_TIMEOUT_S, exit=True, file=self._silent)
-                armed = now
-            made.append(sample.bad or images.pixels(sample.encoded, self._spec))
-        faulthandler.cancel_dump_traceback_later()
+        try:
+            for sample in samples:
+                if (now := time.monotonic()) - armed > REARM_S:
+                    # Arming starts a thread, so it is not done for each image: those of one second share a deadline.
+                    faulthandler.dump_traceback_later(DECODE_TIMEOUT_S, exit=True, file=self._silent)
+                    armed = now
+                made.append(sample.bad or images.pixels(sample.encoded, self._spec))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         return made

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycnn.errors import Bad, Status
+from raycnn.errors import Bad, BundleError, Status
 from raycnn.ledger import UnitRef
 from raycnn.metrics import HISTOGRAM_BINS
 from raycnn.predictor import Predictions
@@ -108,9 +108,19 @@ def label_rows(
     class_names: Sequence[str],
     abstain: float = 0.0,
 ) -> pa.RecordBatch:
-    """One label row for each key; the predictions belong to the keys without a failure, in order."""
+    """One label row for each key; the predictions belong to the keys without a failure, in order.
+
+    Raises:
+        BundleError: a probability is not a number.
+    """
     names = pa.array(class_names, pa.string())
     best, sure = predictions.labels[:, 0], predictions.probabilities[:, 0]
+    if not np.isfinite(sure).all():
+        good = [key for key, failure in zip(keys, failures, strict=True) if failure is None]
+        raise BundleError(
+            f"{good[int(np.isfinite(sure).argmin())]}: the model's numbers overflow, so that there is no probability: "
+            "is the bundle sound? In float16, as on GPUs, try --layout fused and another output, which is float32"
+        )
     unsure = sure < abstain
     k = predictions.labels.shape[1]
     flat = pa.array(predictions.labels.reshape(-1))

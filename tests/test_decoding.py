@@ -1,0 +1,70 @@
+"""Samples that are read ahead and decoded: what comes, in which order, and what is left when that ends early."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from raycnn.config import ImageSpec
+from raycnn.data import Decoder, decoding, read_ahead
+from raycnn.errors import BundleError, StorageError
+from raycnn.labeling.rows import label_rows
+from raycnn.predictor import Predictions
+from raycnn.shards import Sample
+
+SPEC = ImageSpec(height=8, width=8)
+
+
+def readers() -> int:
+    return sum(thread.name == "read ahead" for thread in threading.enumerate())
+
+
+def numbers_and_then(error: Exception | None = None) -> Iterator[int]:
+    yield from range(50)
+    if error:
+        raise error
+
+
+def test_what_is_read_ahead_comes_in_order_and_its_error_last():
+    assert list(read_ahead(numbers_and_then())) == list(range(50))
+    found = []
+    with pytest.raises(StorageError, match="gone"):
+        found.extend(read_ahead(numbers_and_then(StorageError("gone"))))
+    assert readers() == 0
+
+
+def test_a_reader_ends_with_the_one_who_takes():
+    ahead = read_ahead(numbers_and_then())
+    assert next(ahead) == 0
+    assert readers() == 1
+    ahead.close()
+    assert readers() == 0
+
+
+@pytest.mark.slow
+def test_decoding_that_fails_leaves_no_deadline_behind(monkeypatch):
+    monkeypatch.setattr(decoding, "DECODE_TIMEOUT_S", 0.3)
+
+    class Interrupted(list):
+        def __iter__(self) -> Iterator[Sample]:
+            yield Sample("a", b"", None)
+            raise KeyboardInterrupt
+
+    if not (child := os.fork()):  # which a deadline would end
+        try:
+            with Decoder(SPEC, is_again=False) as decoder:
+                decoder.decode(Interrupted())
+        except KeyboardInterrupt:
+            time.sleep(0.8)
+            os._exit(0)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_overflow_of_the_model_is_no_label():
+    one = Predictions(np.array([[0], [1]]), np.array([[0.5], [np.nan]], np.float32))
+    with pytest.raises(BundleError, match=r"b\.jpg: the model's numbers overflow"):
+        label_rows(["a.jpg", "b.jpg"], [None, None], one, ["cat", "dog"])
