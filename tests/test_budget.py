@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raycnn.config import PackConfig, make
-from raycnn.data import Node, Resources, board, plan_serving, plan_training, plan_units
+from raycnn.data import Node, Resources, board, plan_serving, plan_stages, plan_training, plan_units
 from raycnn.data.board import shortage
 from raycnn.data.cluster import _most as launchable
 from raycnn.errors import ConfigError
@@ -109,6 +109,25 @@ def test_a_worker_is_never_larger_than_a_node():
 def test_one_cpu_drives_a_gpu_and_the_rest_decode():
     assert plan_training(2, cluster((16, 2)), use_gpu=True)[:4] == (1, 1, 7, 1)
     assert plan_training(1, cluster((1, 1)), use_gpu=True)[:4] == (0.5, 1, 1, 0.5)
+
+
+@given(nodes=NODES, units=st.integers(1, 99))
+def test_a_cluster_with_half_a_cpu_for_each_decodes_and_predicts(nodes, units):
+    has = cluster(*nodes)
+    if has.room(0.5) < 2 or (has.gpus >= 1 and not has.room(0.5, 1)):
+        with pytest.raises(ConfigError, match="half a CPU each"):
+            plan_stages("label", has, has, units)
+        return
+    plan = plan_stages("label", has, has, units)
+    assert 1 <= plan.min_actors <= plan.actors <= units
+    assert 1 <= plan.tasks <= units
+    assert plan.actors + plan.tasks <= has.room(plan.task_cpus)
+    assert plan.actors <= has.room(plan.task_cpus, plan.actor_gpus)
+
+
+def test_gpus_beyond_the_cpus_do_not_keep_a_pipeline_from_starting():
+    assert plan_stages("label", cluster((4, 8)), cluster((4, 8)), 100)[:3] == (4, 0.5, 4)
+    assert plan_stages("label", cluster((16, 2)), cluster((16, 2)), 100)[:3] == (14, 1, 2)
 
 
 def test_a_pipeline_grows_to_what_the_autoscaler_may_add_and_begins_with_what_is_there():

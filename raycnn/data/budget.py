@@ -113,16 +113,18 @@ def plan_units(verb: str, now: Resources, limit: Resources, units: int, use_gpu:
 def plan_stages(verb: str, now: Resources, limit: Resources, units: int) -> StagePlan:
     """One actor for each GPU, or for every second CPU where there are none; the other CPUs decode.
 
-    An actor drives its GPU with one CPU. Where that leaves no CPU to decode, actors and tasks get half a CPU each.
+    An actor drives its GPU with one CPU. Where that leaves no CPU to decode, actors and tasks get half a CPU each, and
+    GPUs for which there is none stay idle.
 
     Raises:
         ConfigError: the cluster cannot run one of each; with the arithmetic.
     """
     gpus = 1.0 if limit.gpus >= 1 else 0.0
     for cpus in (1.0, 0.5):
-        fitting = limit.room(cpus, gpus) if gpus else limit.room(cpus) // 2
-        actors = min(fitting, units)
-        tasks = limit.room(cpus) - actors
+        room = limit.room(cpus)
+        fitting = limit.room(cpus, gpus) if gpus else room // 2
+        actors = min(fitting, units, room if cpus == 1 else room // 2)
+        tasks = room - actors
         if actors >= 1 and tasks >= 1:
             least = max(1, min(actors, now.room(cpus, gpus) if gpus else now.room(cpus) // 2))
             return StagePlan(min(tasks, units), cpus, actors, least, cpus - UNLIKE * (not gpus), gpus)
