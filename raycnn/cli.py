@@ -33,8 +33,8 @@ MAX_TABLE_WIDTH = 120
 
 _ABOUT = """From raw images in object storage to a trained CNN to a label for every one of them.
 
-Settings come from, each overriding the one before: defaults, `--config FILE` (YAML), environment variables
-`RAYCNN_<VERB>_<FIELD>`, flags.
+Settings come from, each overriding the one before:
+defaults, `--config FILE` (YAML), environment variables `RAYCNN_<VERB>_<FIELD>`, flags.
 """
 
 
@@ -75,10 +75,15 @@ def _complain(error: RaycnnError) -> int:
 
 
 def _usage_error(error: CycloptsError) -> str:
+    told = str(error)
     if isinstance(error, cyclopts.UnusedCliTokensError) and error.unused_tokens:
-        verb = (error.command_chain or ("raycnn",))[0]
-        return f"{verb}: unexpected argument {error.unused_tokens[0]!r}; see `raycnn {verb} --help`"
-    return str(error)
+        told = f"unexpected argument {error.unused_tokens[0]!r}"
+    verb = next(iter(error.command_chain or ()), None)
+    return f"{verb}: {told.rstrip('.')}; {_see(verb)}" if verb else told
+
+
+def _see(verb: str) -> str:
+    return f"see `raycnn {verb} --help`"
 
 
 def _verb_first(argv: Sequence[str]) -> list[str]:
@@ -124,7 +129,11 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
         flags = signature.bind(*args, **kwargs).arguments
         as_json, file = flags.pop("as_json", False), flags.pop("file", None)
         values = config.from_file(verb.schema, file) if file is not None else {}
-        settings = config.make(verb.schema, values | config.from_environment(verb.schema) | flags)
+        values |= config.from_environment(verb.schema) | flags
+        try:
+            settings = config.make(verb.schema, values)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {_see(name)}") from None
         out = sys.stdout
         with redirect_stdout(sys.stderr if as_json else out):
             report = _call(verb, settings)

@@ -151,8 +151,9 @@ MISTAKES = [
     ("train data run --learning-rate inf", "learning_rate: Input should be a finite number, got inf"),
     ("serve --bundle b --max-bytes 67108865", "max_bytes: Input should be less than or equal to 67108864"),
     ("demo --dir s3://bucket/x", "dir: a folder on this machine is needed"),
-    ("pack here", "dst is missing"),
-    ("label data out", "bundle is missing"),
+    ("pack here", "dst is missing; see `raycnn pack --help`"),
+    ("label data out", "bundle is missing; see `raycnn label --help`"),
+    ("label data out --image-size 3", "label: Unknown option: --image-size; see `raycnn label --help`"),
     ("serve", "bundle is missing"),
     ("pack a b c", "unexpected argument 'c'"),
     ("pack a b --val 0.5 --test 0.5", "val + test"),
@@ -178,7 +179,7 @@ def test_an_unknown_key_in_the_file_is_told_with_the_nearest(echoing: None, type
     outcome = typed("train", "--config", str(recipe))
     assert (outcome.code, outcome.err) == (
         2,
-        ["raycnn: train: unknown key 'learning-rate' (did you mean 'learning_rate'?)"],
+        ["raycnn: train: unknown key 'learning-rate' (did you mean 'learning_rate'?); see `raycnn train --help`"],
     )
 
 
