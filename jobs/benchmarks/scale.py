@@ -195,21 +195,19 @@ def s3_listing(objects: int) -> dict[str, Any]:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda i: store.put(f"{i:07d}.png", files[i % DISTINCT]), range(objects)))
         listing = lap_of(lambda: sum(1 for _ in store.list()))
-        took, shown = watched_planning(store.url, Path(folder, "labels"), make_bundle(folder))
+        pieces = ObjectCollection(store, "flat prefix", "it is").select("all", Counter())
+        ledger = label_ledger(open_store("s3://scale/labels"), {})
+        taken = lap_of(lambda: ledger.plan(0, units(pieces), {}, {}, Counter()))
         return {
             "objects": objects,
             "listing_alone": {"seconds": listing["seconds"], "keys_per_s": round(objects / listing["seconds"])},
-            "planning_seconds": took,
-            "progress_shown": shown,
+            "plan": {**taken, "keys_per_s": round(objects / taken["seconds"])},
+            "progress_shown": progress_while_planning(store.url, Path(folder, "labels"), make_bundle(folder)),
         }
 
 
-def watched_planning(data: str, out: Path, bundle: str) -> tuple[float | None, list[str]]:
-    """Seconds that `raycnn label` takes to plan, and what it says meanwhile; it is interrupted afterwards.
-
-    It tells how far it is once a second; where it told nothing, the seconds are not known.
-    """
-    plan, began, is_over = out / plan_path(0), None, False
+def progress_while_planning(data: str, out: Path, bundle: str) -> list[str]:
+    """What `raycnn label` says of a listing where there is no terminal; it is interrupted when the plan is there."""
     shown: list[str] = []
     command = [RAYCNN, "label", data, str(out), "--bundle", bundle]
     environment = os.environ | {"RAY_ADDRESS": "local"}
@@ -217,12 +215,12 @@ def watched_planning(data: str, out: Path, bundle: str) -> tuple[float | None, l
         assert process.stderr is not None
         for line in process.stderr:
             if "images listed" in line:
-                began = began or time.time() - 1
                 shown.append(line.strip())
-            if plan.exists() and not is_over:
-                is_over = True
+            if (out / plan_path(0)).exists():
                 process.send_signal(signal.SIGINT)
-    return round(plan.stat().st_mtime - began, 1) if began else None, shown
+                break
+        process.communicate()
+    return shown
 
 
 # Labeling
