@@ -112,7 +112,7 @@ class Labeling:
         self._first = len(self.proxy.requests)
         self._folder = Path(self.bundle).parent
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._is_left = False
+        self._is_left = self.is_shared = False
 
     @property
     def log(self) -> list[Seen]:
@@ -148,7 +148,7 @@ class Labeling:
 
     def leave(self) -> None:
         """Do not wait for the driver, which may go on: start another one."""
-        self._is_left = True
+        self._is_left = self.is_shared = True
 
     def last_words(self, process: subprocess.Popen[bytes]) -> str:
         """What a driver has said at its end."""

@@ -158,35 +158,26 @@ class Scenario:
 
 
 class NodeZombie(chaos.Zombie):
-    """A worker that is stopped with its whole node, which the cluster gives up."""
+    """A worker that is stopped with its node, while its driver is killed: the run goes on in another cluster."""
 
-    def __init__(self, site: Site, *, moves: bool) -> None:
-        """With `moves` the driver is killed, too, and the run goes on in another cluster."""
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self._site, self._moves = site, moves
+        self._site = site
 
     def kill(self, of: str, key: str, nth: int) -> Any:
         """What is to happen."""
         kill = super().kill(of, key, nth)
-        if self._moves:
-            kill.exits, kill.mend, kill.at_end = (-9,), self._move, True
+        kill.exits, kill.mend, kill.at_end = (-9,), self._move, True
         return kill
 
     def stop(self, run: Any, pid: int) -> None:
         """The node first, or it would see to the worker."""
         self.suspend(chaos.raylet_of(pid), pid)
-        if self._moves:
-            chaos.shoot(run.driver)
+        chaos.shoot(run.driver)
 
     def _move(self, run: Any) -> None:
         self._site.nodes.start()
         run.environment["RAY_ADDRESS"] = self._site.nodes.address
-
-    def go_on(self, run: Any) -> None:
-        """The worker alone."""
-        super().go_on(run)
-        for one in chaos.family(self.stopped[0]):
-            chaos.shoot(one)
 
 
 def scenarios(site: Site) -> list[Scenario]:
@@ -357,10 +348,10 @@ def _come_and_go(site: Site, rng: random.Random) -> list[Any]:
 
 
 def _zombies(site: Site) -> Iterator[Scenario]:
-    for moves in (False, False, True):
-        zombie = NodeZombie(site, moves=moves)
-        name = "worker, whose driver dies" if moves else "worker"
-        yield Scenario("SIGSTOP", name, partial(_zombie, zombie, "worker", chaos.PART), finish=zombie.go_on)
+    for zombie in (chaos.Zombie(), chaos.Zombie(), NodeZombie(site)):
+        name = "worker, whose driver dies" if isinstance(zombie, NodeZombie) else "worker"
+        kills = partial(_zombie, zombie, "worker", chaos.PART)
+        yield Scenario("SIGSTOP", name, kills, finish=zombie.go_on, per_kill=None)
     for key, layout in ((r"/plan/g0000", "fused"), (chaos.SUCCESS, "fused"), (chaos.PART, "staged")):
         zombie = chaos.Zombie()
         kills = partial(_zombie, zombie, "driver", key)
