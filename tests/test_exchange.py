@@ -127,6 +127,16 @@ def test_embeddings_are_a_column_where_they_are_asked_for(photos, tmp_path):
     assert "embedding" not in pq.read_schema(next((tmp_path / "without").glob("*.parquet"))).names
 
 
+def test_embeddings_that_were_altered_are_not_exported(photos, tmp_path):
+    out = str(tmp_path / "labels")
+    ledger = make_labels(photos, out, embeddings=True)
+    one, other = (Path(out, ledger.embeddings_path(ref)) for ref in ledger.plans()[0].refs[1:3])
+    for content in (b"", one.read_bytes()[:-9], other.read_bytes()):
+        one.write_bytes(content)
+        with pytest.raises(DataError, match="the embeddings of part-g0000-000001: what is there was altered"):
+            raycnn.export(out, str(tmp_path / "exported"), embeddings=True)
+
+
 def test_embeddings_that_were_not_made_cannot_be_exported(photos, tmp_path):
     make_labels(photos, str(tmp_path / "labels"))
     with pytest.raises(DataError, match=r"part-g0000-000000\.parquet is not there; label with --embeddings"):
