@@ -13,13 +13,15 @@ POLL_S = 0.2
 
 
 def first_part(out: str, is_over: threading.Event) -> float | None:
-    """When the first committed part of an output was seen; None if it was `over` before."""
+    """When the first committed part of an output was seen; None if there was none when all was `over`."""
     store = open_store(out)
-    while not is_over.is_set():
+    while True:
+        was_over = is_over.is_set()
         if next(iter(store.list("labels/")), None) is not None:
             return time.time()
+        if was_over:
+            return None
         time.sleep(POLL_S)
-    return None
 
 
 def main() -> None:
