@@ -52,12 +52,19 @@ def connect(say: Progress | None = None) -> None:
 
 
 def warm_up(module: str) -> None:
-    """Have workers import a module while the driver still plans: with torch in it that takes seconds."""
+    """Have workers import a module while the driver still plans, which with torch in it takes seconds.
+
+    Two actors that Ray Data starts with its first pipeline, and then waits for, start now as well.
+    """
     import ray
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.data._internal.stats import get_or_create_stats_actor
 
     task = ray.remote(num_cpus=1)(importlib.import_module)
     for _ in range(min(int(ray.available_resources().get("CPU", 0)), MAX_WARM)):
         task.options(name="warm up").remote(module)
+    get_or_create_stats_actor()
+    get_or_create_autoscaling_coordinator()
 
 
 def is_connected() -> bool:
