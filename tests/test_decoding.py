@@ -3,17 +3,24 @@
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from test_labeling import make_bundle
 
-from raycnn.config import ImageSpec
+from raycnn import bundle as bundles
+from raycnn.config import ImageSpec, LabelConfig, make
 from raycnn.data import Decoder, decoding, read_ahead
 from raycnn.errors import BundleError, StorageError
 from raycnn.labeling.rows import label_rows
+from raycnn.labeling.run import fingerprint_of
+from raycnn.labeling.staged import UnitDecoder
+from raycnn.ledger import label_ledger
 from raycnn.predictor import Predictions
-from raycnn.shards import Sample
+from raycnn.shards import Sample, open_collection, units
+from raycnn.storage import open_store
 
 SPEC = ImageSpec(height=8, width=8)
 
@@ -62,6 +69,32 @@ def test_decoding_that_fails_leaves_no_deadline_behind(monkeypatch):
             os._exit(0)
         os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.slow
+def test_a_decode_task_that_is_done_again_gives_the_blocks_that_ray_has_got_of_it_already(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(300):
+        (photos / f"{i:03d}.png").touch()
+    config = make(
+        LabelConfig, {"data": str(photos), "out": str(tmp_path / "out"), "bundle": make_bundle(str(tmp_path))}
+    )
+    fingerprint = fingerprint_of(bundles.load(config.bundle), config, "float32")
+    ledger = label_ledger(open_store(config.out), fingerprint)
+    cut = units(open_collection(config.data, ()).select("all", Counter()))
+    plan = ledger.plan(0, cut, {}, fingerprint, Counter())
+    for photo in photos.iterdir():
+        photo.write_bytes(b"another")  # its row has no pixels, for which no child process has to start
+    decoder = UnitDecoder(config.model_dump(mode="json"), ledger.parts, fingerprint, "cpu")
+    items = [ref._asdict() for ref in plan.refs]
+    first = [(block["unit"].tolist(), block["ordinal"].tolist()) for block in decoder(items, is_again=False)]
+    assert [sum(len(rows) for unit, rows in first if unit[0] == ref.unit) for ref in plan.refs] == [256, 44]
+    ledger.commit(plan.refs[0], b"", 256)
+    again = [(block["unit"].tolist(), block["ordinal"].tolist()) for block in decoder(items, is_again=True)]
+    assert again == first
+    other = [block["unit"].tolist() for block in decoder(items, is_again=False)]
+    assert other == [[1] * 44]
 
 
 def test_an_overflow_of_the_model_is_no_label():

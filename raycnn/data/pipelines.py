@@ -10,7 +10,7 @@ import functools
 import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from raycnn.data.board import Progress, Waiting
 from raycnn.data.budget import TrainPlan, UnitPlan
 from raycnn.data.cluster import user_errors
+from raycnn.errors import DataError
 
 if TYPE_CHECKING:
     import ray.data
@@ -30,6 +31,9 @@ MAX_BATCH = 8
 BATCHES_PER_WORKER = 16
 """Items that one worker gets at once, so that it reads the next while it works on one: up to 8, where each worker has
 at least 16 batches to come, so that all end at about the same time."""
+
+MAX_DEATHS = 8
+"""Processes that may die over one batch: Ray itself would start another one for ever. Nodes that leave count, too."""
 
 FEED_MEMORY_BYTES = 512 * 1024 * 1024
 """Decoded pixels that wait for one training worker."""
@@ -120,22 +124,39 @@ def actors(least: int, most: int) -> "ray.data.ActorPoolStrategy":
 @contextmanager
 def run_name() -> Iterator[str]:
     """A name for one run of a pipeline, under which its workers note which batches they have begun."""
+    import ray
+    from ray.exceptions import RayError
     from ray.experimental.internal_kv import _internal_kv_del
 
     run = uuid.uuid4().hex
-    yield run
-    _internal_kv_del(_note(run, ""), del_by_prefix=True)
+    try:
+        yield run
+    finally:
+        if ray.is_initialized():
+            with suppress(RayError):  # the cluster's head is gone, and the notes with it
+                _internal_kv_del(_note(run, ""), del_by_prefix=True)
 
 
 def _note(run: str, number: object) -> bytes:
     return f"raycnn:{run}:{number}".encode()
 
 
-def begun_before(run: str, number: int) -> bool:
-    """Whether a process has begun this batch before, which then died over it; from now on one has."""
+def begun_before(run: str, batch: dict[str, np.ndarray]) -> bool:
+    """Whether a process has begun this batch before, which then died over it; from now on one has.
+
+    Raises:
+        DataError: so many have, most of them while a child process decoded, that the next one would, too.
+    """
     from ray.experimental.internal_kv import _internal_kv_put
 
-    return _internal_kv_put(_note(run, number), b"", overwrite=False)
+    for deaths in range(MAX_DEATHS):
+        if not _internal_kv_put(_note(run, f"{batch['number'][0]}.{deaths}"), b"", overwrite=False):
+            return deaths > 0
+    raise DataError(
+        f"{MAX_DEATHS} processes have died over the same batch of work, and not while they decoded an image: does the "
+        "node have too little memory, or is a file of it damaged? What is done stays; run the same command again "
+        f"when that is mended. The batch: {str(batch['items'][0])[:200]}"
+    )
 
 
 class BatchActor:
@@ -160,7 +181,7 @@ def made_once(worker: type, arguments: str, run: str) -> Callable[..., Any]:
 
 
 def _results(batch: dict[str, np.ndarray], work: Callable[..., Any], run: str) -> dict[str, np.ndarray]:
-    is_again = begun_before(run, int(batch["number"][0]))
+    is_again = begun_before(run, batch)
     done = work(json.loads(batch["items"][0]), is_again)
     return {"result": np.array([json.dumps(result) for result in done], object)}
 

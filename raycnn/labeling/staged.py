@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -38,14 +39,11 @@ def label_staged(
     items: Sequence[dict[str, Any]], plan: data.StagePlan, arguments: dict[str, Any], say: data.Progress
 ) -> Iterator[dict[str, Any]]:
     """Label and commit the units; their reports, as they come."""
-    import ray.data
-
-    ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
     arguments = arguments | {"device": "cuda" if plan.actor_gpus else "cpu"}
     made = json.dumps(arguments)
     refs = {ref.unit: ref for ref in (UnitRef(**item) for item in items)}
     gather = _Gather(arguments, refs)
-    with run_name() as run:
+    with run_name() as run, _small_blocks():
         for rows in waves(items, plan.tasks):
             decoded = dataset(rows).map_batches(
                 cast(Any, _decode_in_task),
@@ -71,6 +69,19 @@ def label_staged(
                 yield from gather.rest()
 
 
+@contextmanager
+def _small_blocks() -> Iterator[None]:
+    """A block holds BLOCK_BYTES; afterwards what it did before, for whatever else this process does with Ray Data."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    before, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
 class UnitDecoder:
     """Lives in one Ray worker: reads and decodes one unit after another."""
 
@@ -86,7 +97,7 @@ class UnitDecoder:
         """Blocks of up to 64 decoded rows; a row that has no pixels says why."""
         watch = Stopwatch()
         with data.Decoder(self._spec, is_again) as decoder:
-            groups = data.read_ahead(self._read([UnitRef(**item) for item in items]))
+            groups = data.read_ahead(self._read([UnitRef(**item) for item in items], is_again))
             while True:
                 with watch.stage("read"):
                     found = next(groups, None)
@@ -98,10 +109,11 @@ class UnitDecoder:
                 watch.count(len(group), is_again)
                 yield self._block(ref, first, [s.key for s in group], made, watch)
 
-    def _read(self, refs: list[UnitRef]) -> Iterator[tuple[UnitRef, int, list[Any]]]:
+    def _read(self, refs: list[UnitRef], is_again: bool) -> Iterator[tuple[UnitRef, int, list[Any]]]:
         for ref in refs:
             first = 0
-            if self._ledger.is_committed(ref):
+            # Ray drops as many blocks of a task that is done again as it had got of it: those have to be the same.
+            if not is_again and self._ledger.is_committed(ref):
                 continue
             for group in self._reader.groups(ref):
                 yield ref, first, group
@@ -129,7 +141,7 @@ class UnitDecoder:
 
 def _decode_in_task(batch: Block, arguments: str, run: str) -> Iterator[Block]:
     decoder = made_once(UnitDecoder, arguments, run)
-    yield from decoder(json.loads(batch["items"][0]), begun_before(run, int(batch["number"][0])))
+    yield from decoder(json.loads(batch["items"][0]), begun_before(run, batch))
 
 
 class PredictActor:
