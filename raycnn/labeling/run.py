@@ -98,7 +98,7 @@ class _LabelRun:
         for plan in plans:
             if (pending := self._ledger.pending(plan)) or self._ledger.success(plan.generation) is None:
                 ours, counts = {}, add_counts([])
-                for result in self._label(plan, pending):
+                for result in self._label_all(plan, pending):
                     if result["written"]:
                         # Added up at once: counts by class of every part would fill the memory of a large run.
                         counts = add_counts([counts, result.pop("counts")])
@@ -203,6 +203,15 @@ class _LabelRun:
                 self._say({"kind": "status", "text": f"planning: {rows:,} images listed"})
             yield piece
 
+    def _label_all(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
+        """Label until nothing is pending, or no round commits anything: rows may be lost with a node in between."""
+        while True:
+            yield from self._label(plan, pending)
+            left = self._ledger.pending(plan)
+            if not left or len(left) == len(pending):
+                return
+            pending = left
+
     def _label(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
         bad = self._bad_before(plan, pending)
         self._check_bad(bad, plan)
@@ -211,7 +220,7 @@ class _LabelRun:
         done = plan.rows - sum(r.rows for r in pending)
         for result in self._results(plan, pending):
             done += result["rows"]
-            bad.update({k: v for k, v in result.get("counts", {"status": {}})["status"].items() if k != Status.OK})
+            bad.update(_bad_of(result.get("counts", {"status": {}})))
             assert self._plan_speed is not None
             text = "; ".join(filter(None, [self._plan_speed.text(), _listed(bad)]))
             self._say({"kind": "progress", "done": done, "total": plan.rows, "text": text})
@@ -255,10 +264,10 @@ class _LabelRun:
             return Counter()
         left = {ref.unit for ref in pending}
         parts = (self._described(ref) for ref in plan.refs if ref.unit not in left)
-        return sum((Counter(p["counts"]["status"]) for p in parts), Counter()) - Counter({str(Status.OK): plan.rows})
+        return sum((_bad_of(part["counts"]) for part in parts), Counter[str]())
 
     def _check_bad(self, bad: Counter[str], plan: Plan) -> None:
-        if (count := bad.total()) > self._config.max_bad * plan.rows:
+        if (count := bad.total()) / plan.rows > self._config.max_bad:
             raise DataError(
                 f"{count:,} of {plan.rows:,} images are bad ({_listed(bad)}), more than --max-bad "
                 f"{self._config.max_bad:.2%}; what is labelled stays: look at it, then go on with a larger --max-bad"
@@ -274,6 +283,7 @@ class _LabelRun:
                 part = self._described(ref)
                 counts = add_counts([counts, part["counts"]])
             listed.append({k: part[k] for k in ("path", "bytes", "sha256", "rows")})
+        self._check_bad(_bad_of(counts), plan)  # also those that another driver, or a process that died, has counted
         summary = {"status": counts["status"], "counts": counts, "shift": shift(counts, self._bundle.validation)}
         self._ledger.finish(plan, {**summary, "class_names": list(self._bundle.class_names), "parts": listed})
 
@@ -288,6 +298,10 @@ class _LabelRun:
         except (pa.ArrowException, OSError):
             raise DataError(f"{self._store.address(path)} {ALTERED}") from None
         return self._ledger.describe(ref, part) | {"counts": counts_of(table)}
+
+
+def _bad_of(counts: dict[str, Any]) -> Counter[str]:
+    return Counter({status: n for status, n in counts["status"].items() if status != Status.OK})
 
 
 def _listed(bad: Counter[str]) -> str:
