@@ -174,6 +174,7 @@ def test_a_folder_with_something_in_it_is_not_written_to(photos, tmp_path):
         raycnn.review(str(tmp_path / "labels"), str(tmp_path / "review" / "review.csv" / "more"))
 
 
+@pytest.mark.slow
 def test_a_review_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
