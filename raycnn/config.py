@@ -245,7 +245,8 @@ class LabelConfig(VerbConfig):
     embeddings: bool = False
     """Also write what the last layer is given, float16, to embeddings/ beside labels/."""
     max_bad: Share = 1.0
-    """Share of images that may have no label because of what they are; the run stops when there are more."""
+    """Share of a generation's images that may have no label because of what they are, such as `1%`; the run stops
+    when there are more."""
     layout: Literal["auto", "fused", "staged"] = "auto"
     """fused: each process does it all; staged: tasks decode for actors that predict; auto: staged where there are
     GPUs."""

@@ -5,7 +5,7 @@ import io
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from raycnn import bundle as bundles
 
 SCHEMA_VERSION = 1
+READERS = 16
+"""Parts of earlier runs that are read at once."""
 
 
 def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelReport:
@@ -244,7 +246,8 @@ class _LabelRun:
             from raycnn.labeling.staged import label_staged
 
             stages = data.plan_stages("label", now, limit, len(pending))
-            speed = Speed(stages.tasks * stages.task_cpus + stages.actors * stages.actor_cpus)
+            cpus = stages.tasks * stages.task_cpus + stages.actors * stages.actor_cpus
+            speed = Speed(cpus, has_gpus=stages.actor_gpus > 0)
             results = label_staged(items, stages, arguments, self._say)
         else:
             from raycnn.labeling.fused import Labeler
@@ -263,7 +266,7 @@ class _LabelRun:
         if self._config.max_bad >= 1:
             return Counter()
         left = {ref.unit for ref in pending}
-        parts = (self._described(ref) for ref in plan.refs if ref.unit not in left)
+        parts = self._described(ref for ref in plan.refs if ref.unit not in left)
         return sum((_bad_of(part["counts"]) for part in parts), Counter[str]())
 
     def _check_bad(self, bad: Counter[str], plan: Plan) -> None:
@@ -277,18 +280,24 @@ class _LabelRun:
         """The success marker, with what this run wrote and counted, and what it reads again of earlier runs' parts."""
         from raycnn.labeling.rows import add_counts, shift
 
-        listed: list[dict[str, Any]] = []
-        for ref in plan.refs:
-            if (part := written.get(self._ledger.path(ref))) is None:
-                part = self._described(ref)
-                counts = add_counts([counts, part["counts"]])
-            listed.append({k: part[k] for k in ("path", "bytes", "sha256", "rows")})
+        missing = self._described(ref for ref in plan.refs if self._ledger.path(ref) not in written)
+        for part in missing:
+            counts = add_counts([counts, part.pop("counts")])
+            written[part["path"]] = part
         self._check_bad(_bad_of(counts), plan)  # also those that another driver, or a process that died, has counted
+        parts = (written[self._ledger.path(ref)] for ref in plan.refs)
+        listed = [{k: part[k] for k in ("path", "bytes", "sha256", "rows")} for part in parts]
         summary = {"status": counts["status"], "counts": counts, "shift": shift(counts, self._bundle.validation)}
         self._ledger.finish(plan, {**summary, "class_names": list(self._bundle.class_names), "parts": listed})
 
-    def _described(self, ref: UnitRef) -> dict[str, Any]:
-        """What is known of a part that lies there already."""
+    def _described(self, refs: Iterable[UnitRef]) -> Iterator[dict[str, Any]]:
+        """What is known of parts that lie there already; some are read at once, and no more than that are held."""
+        waiting = iter(refs)
+        with ThreadPoolExecutor(READERS) as pool:
+            while some := list(itertools.islice(waiting, READERS)):
+                yield from pool.map(self._describe, some)
+
+    def _describe(self, ref: UnitRef) -> dict[str, Any]:
         from raycnn.labeling.rows import counts_of
 
         path = self._ledger.path(ref)

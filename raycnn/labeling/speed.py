@@ -48,9 +48,9 @@ class Stopwatch:
 class Speed:
     """The run's speed, added up on the driver."""
 
-    def __init__(self, cpus: float) -> None:
-        """Judge what `cpus` CPUs do."""
-        self._cpus = cpus
+    def __init__(self, cpus: float, has_gpus: bool = False) -> None:
+        """Judge what `cpus` CPUs do; beside GPUs their time says nothing of a floor."""
+        self._cpus, self._has_gpus = cpus, has_gpus
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._workers_s = 0.0
         self._began, self._ended = float("inf"), 0.0
@@ -69,9 +69,9 @@ class Speed:
 
     @property
     def floor(self) -> float:
-        """Images/s if the CPUs did nothing but decode and predict."""
+        """Images/s if the CPUs did nothing but decode and predict; 0 where that is not known."""
         spent, measured = self._spent, self._spent["measured"]
-        if not measured:
+        if not measured or self._has_gpus:
             return 0.0
         return self._cpus / (spent["decode_cpu"] / measured + spent["model_cpu"] / spent["rows"])
 

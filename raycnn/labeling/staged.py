@@ -9,7 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -42,8 +42,7 @@ def label_staged(
     arguments = arguments | {"device": "cuda" if plan.actor_gpus else "cpu"}
     made = json.dumps(arguments)
     refs = {ref.unit: ref for ref in (UnitRef(**item) for item in items)}
-    gather = _Gather(arguments, refs)
-    with run_name() as run, _small_blocks():
+    with run_name() as run, _small_blocks(), closing(_Gather(arguments, refs)) as gather:
         for rows in waves(items, plan.tasks):
             decoded = dataset(rows).map_batches(
                 cast(Any, _decode_in_task),
@@ -208,6 +207,10 @@ class _Gather:
                 self._commit(self._refs[unit], self._rows.pop(unit))
         while self._committing and self._committing[0][1].done():
             yield self._result()
+
+    def close(self) -> None:
+        """End the threads, after what they are committing."""
+        self._pool.shutdown()
 
     def rest(self) -> Iterator[dict[str, Any]]:
         """Reports of the units that are still being committed."""
