@@ -44,9 +44,12 @@ def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelRe
         raise ConfigError(f"output {config.out} and input {config.data} lie inside each other; choose another output")
     collection = open_collection(config.data, ())
     collection.accept_unreadable = config.accept_unreadable
+    collection.check_split(config.split)
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load, config.bundle)
         say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
+        if open_store(config.bundle).head("config.json") is None:
+            loading.result()  # which says what is missing; Ray need not start for that
         if not _looks_finished(config.out):
             data.connect(say)  # Ray starts while torch is imported, which takes as long
             data.warm_up("raycnn.labeling.fused")

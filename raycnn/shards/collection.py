@@ -111,11 +111,19 @@ class Collection(ABC):
 
     def select(self, split: str, skipped: Counter[str], exclude: Sequence[str] = ()) -> Iterator[Slice]:
         """The slices of one split, or of all."""
+        self.check_split(split)
+        pieces = self.slices(skipped, exclude)
+        yield from pieces if split == "all" else (piece for piece in pieces if self.split_of(piece) == split)
+
+    def check_split(self, split: str) -> None:
+        """Refuse a split that the layout does not name.
+
+        Raises:
+            DataError: with those that it does.
+        """
         if split != "all" and split not in self.splits:
             have = ", ".join(self.splits) or "none; use all, or pack it first"
             raise DataError(f"{self.store.address()}: no split {split!r} in this {self.layout}; its splits: {have}")
-        pieces = self.slices(skipped, exclude)
-        yield from pieces if split == "all" else (piece for piece in pieces if self.split_of(piece) == split)
 
     def objects(self, skipped: Counter[str], excludes: "Excludes | None" = None, prefix: str = "") -> Iterator[Entry]:
         """The objects that count as images or shards: no folder markers, no hidden names, nothing excluded."""
