@@ -147,6 +147,7 @@ class Scenario:
 
     step: str
     target: str
+    """What is killed or stopped; "none" where something else happens."""
     kills: Callable[[random.Random], list[Any]]
     layout: str = "fused"
     source: str = "flat"
