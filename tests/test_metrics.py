@@ -140,6 +140,15 @@ def test_of_equal_logits_the_lower_class_wins():
     assert counted(logits, torch.full((3,), 100)).accuracy_top1 == 1
 
 
+@pytest.mark.parametrize("classes", [3, 5, 300])
+def test_the_best_classes_are_those_of_a_stable_sort_with_ties_or_without(classes):
+    generator = torch.Generator().manual_seed(classes)
+    for scale in (2, 1e6):
+        logits = (torch.randn((50, classes), generator=generator) * scale).round()
+        expected = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :5]
+        assert torch.equal(top_classes(logits, 5), expected)
+
+
 def test_validation_is_plain_json_with_exact_counts():
     import json
 
