@@ -23,7 +23,7 @@ from fault_proxy import FaultProxy, Rule, Seen, Stage
 from oracle import BUCKET, Bucket, Source, Tally
 
 RAYCNN = str(Path(sys.executable).with_name("raycnn"))
-DRIVER_S = 240
+DRIVER_S = 600
 """A command that takes longer hangs."""
 
 PART = r"/labels/fp=[^/]*/part-[^/]*\.parquet$"
