@@ -156,7 +156,7 @@ def test_two_drivers_on_a_store_where_a_quarter_of_all_goes_wrong(proxy: FaultPr
     faults: tuple[Fault, ...] = (503, 500, "reset", "cut", "unanswered")
     proxy.seed = seed
     proxy.rules = (
-        Rule(409, "PUT", probability=0.05),
+        Rule(409, "PUT", probability=0.15),
         *(Rule(fault, probability=0.05) for fault in faults),
         Rule("delay", probability=0.05, seconds=0.05),
     )
