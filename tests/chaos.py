@@ -249,10 +249,9 @@ class Labeling:
             in_flight += len({unit for at, unit, _ in reads if at < kill.requests} - finished)
         return Redone(sum(n - 1 for n in times.values()), sum(n - 1 for n in puts.values()), again, in_flight)
 
-    def bound(self, per_kill: int | None) -> int:
-        """How many units may be redone: those in flight, which are known of some layouts, and begun in others."""
-        kills = len(self.killed)
-        return self.redone().in_flight + kills if per_kill is None else per_kill * kills
+    def bound(self) -> int:
+        """How many units may be redone: those in flight, and one for each kill that may have been begun meanwhile."""
+        return self.redone().in_flight + len(self.killed)
 
     def _units(self) -> dict[str, int]:
         """The unit that holds each object of the source, as the plan has it."""

@@ -159,6 +159,6 @@ def _checked(site: Site, labeling: Any, scenario: Scenario) -> dict[str, int]:
     found = {"read_again": redone.read, "sent_again": redone.put, "in_flight": redone.in_flight}
     if scenario.drivers > 1 or labeling.is_shared:  # by drivers which share nothing but the output
         return found
-    bound = labeling.bound(scenario.per_kill)
+    bound = labeling.bound()
     assert redone.read <= bound, f"{redone.read} units were read again, more than {bound}"
     return found | {"bound": bound}

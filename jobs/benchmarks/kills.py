@@ -154,8 +154,6 @@ class Scenario:
     finish: Callable[[Any], None] = lambda run: None
     """What happens when a driver has ended well."""
     drivers: int = 1
-    per_kill: int | None = WORKERS
-    """Units that are in flight where it strikes: as many as may be done again. None: those that are begun."""
 
 
 class NodeZombie(chaos.Zombie):
@@ -209,11 +207,11 @@ def _planning() -> Iterator[Scenario]:
 
 
 def _fused_workers() -> Iterator[Scenario]:
-    yield Scenario("GET", "worker", _reading("GET"), per_kill=1)
-    yield Scenario("decode", "worker", _decoding("decode"), per_kill=1)
+    yield Scenario("GET", "worker", _reading("GET"))
+    yield Scenario("decode", "worker", _decoding("decode"))
     for step, stage in (("predicted", "request"), ("PUT half sent", "half"), ("PUT stored, unanswered", "stored")):
         kills = _kills(step, "PUT", chaos.PART, (stage,) * KILLS, "worker", 2)
-        yield Scenario(step, "worker", kills, per_kill=1)
+        yield Scenario(step, "worker", kills)
     for source in ("tar", "packed"):
         kills = _kills("PUT", "PUT", chaos.PART, ("request", "half", "stored"), "worker", 1)
         yield Scenario("PUT", "worker", kills, source=source)
@@ -234,7 +232,7 @@ def _decoding(step: str) -> Any:
 
 
 def _staged() -> Iterator[Scenario]:
-    staged = partial(Scenario, layout="staged", per_kill=None)
+    staged = partial(Scenario, layout="staged")
     yield staged("GET", "decode task", _reading("GET"))
     yield staged("decode", "decode task", _decoding("decode"))
     yield staged("predicted", "actor", _reading("predict", act=_shoot_actor))
@@ -329,8 +327,8 @@ def _machines(site: Site) -> Iterator[Scenario]:
     mended = {"act": shoot_node, "mend": lambda run: site.nodes.mend()}
     for layout in ("fused", "staged"):
         kills = _reading("mid-run", **mended)
-        yield Scenario("mid-run", "raylet", kills, layout, per_kill=1 if layout == "fused" else None)
-    yield Scenario("PUT", "raylet", _kills("PUT", "PUT", chaos.PART, stages, "worker", 1, **mended), per_kill=1)
+        yield Scenario("mid-run", "raylet", kills, layout)
+    yield Scenario("PUT", "raylet", _kills("PUT", "PUT", chaos.PART, stages, "worker", 1, **mended))
     gcs = {"act": lambda run, pid: chaos.shoot(site.nodes.gcs()), "mend": replace, "at_end": True, "exits": (1,)}
     yield Scenario("mid-run", "GCS", _reading("mid-run", **gcs))
     stopped = {"act": lambda run, pid: site.stop_server(), "mend": restart, "exits": (0, 5)}
@@ -355,11 +353,11 @@ def _zombies(site: Site) -> Iterator[Scenario]:
     for zombie in (chaos.Zombie(), chaos.Zombie(), NodeZombie(site)):
         name = "worker, whose driver dies" if isinstance(zombie, NodeZombie) else "worker"
         kills = partial(_zombie, zombie, "worker", chaos.PART)
-        yield Scenario("SIGSTOP", name, kills, finish=zombie.go_on, per_kill=None)
+        yield Scenario("SIGSTOP", name, kills, finish=zombie.go_on)
     for key, layout in ((r"/plan/g0000", "fused"), (chaos.SUCCESS, "fused"), (chaos.PART, "staged")):
         zombie = chaos.Zombie()
         kills = partial(_zombie, zombie, "driver", key)
-        yield Scenario("SIGSTOP", "driver", kills, layout, finish=zombie.go_on, per_kill=None)
+        yield Scenario("SIGSTOP", "driver", kills, layout, finish=zombie.go_on)
 
 
 def _zombie(zombie: Any, of: str, key: str, rng: random.Random) -> list[Any]:

@@ -53,7 +53,7 @@ BARS = [(NULL, IMAGES_ALONE, 0.7), (MODEL, BARE, 0.8)]
 BARS += [(model, peer, bar) for peer, bar in ((DAFT, 2.5), (RAY, 6.0)) for model in (NULL, MODEL)]
 """What `raycnn label` is held to: with this model at least so many times the rate of that contender."""
 STEADY = {
-    RAYCNN: "as it reports it itself: from when its first worker is ready to its last commit",
+    RAYCNN: "as it reports itself: its processes' rates added up, each from when it is ready to the last commit",
     IMAGES_ALONE: "from when all processes are ready to the last image",
     BARE: "from when all processes are ready to the last file written",
     DAFT: "the last three quarters of the images, to the end of write_parquet",

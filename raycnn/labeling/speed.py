@@ -5,6 +5,8 @@ these two take for an image, as this run has measured them. What is lost to it i
 Ray, and whatever else runs on the machine.
 """
 
+import os
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,9 @@ from typing import Any
 
 STAGES = ("read", "decode", "model", "commit")
 """What a worker does, or waits for, one after the other."""
+
+
+_WORKER = f"{socket.gethostname()}:{os.getpid()}"
 
 
 class Stopwatch:
@@ -37,10 +42,10 @@ class Stopwatch:
         self._spent["rows"] += rows
         self._spent["measured"] += 0 if is_isolated else rows
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[str, Any]:
         """What was spent since the last call, as JSON for `Speed.add`."""
         now = time.time()
-        taken = dict(self._spent) | {"began": self._began, "ended": now}
+        taken = dict(self._spent) | {"worker": _WORKER, "began": self._began, "ended": now}
         self._spent, self._began = defaultdict(float), now
         return taken
 
@@ -52,20 +57,24 @@ class Speed:
         """Judge what `cpus` CPUs do; beside GPUs their time says nothing of a floor."""
         self._cpus, self._has_gpus = cpus, has_gpus
         self._spent: defaultdict[str, float] = defaultdict(float)
-        self._workers_s = 0.0
-        self._began, self._ended = float("inf"), 0.0
+        self._workers_s, self._ended = 0.0, 0.0
+        self._began: dict[str, float] = {}
+        self._rows: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, taken: Mapping[str, float]) -> None:
+    def add(self, taken: Mapping[str, Any]) -> None:
         """What a worker's stopwatch has taken."""
-        for name in taken.keys() - {"began", "ended"}:
+        for name in taken.keys() - {"worker", "began", "ended"}:
             self._spent[name] += taken[name]
         self._workers_s += taken["ended"] - taken["began"]
-        self._began, self._ended = min(self._began, taken["began"]), max(self._ended, taken["ended"])
+        self._ended = max(self._ended, taken["ended"])
+        worker = taken["worker"]
+        self._began[worker] = min(self._began.get(worker, taken["began"]), taken["began"])
+        self._rows[worker] += taken.get("rows", 0)
 
     @property
     def images_per_s(self) -> float:
-        """From when the first worker was ready until now: the steady state, without starting Ray and loading."""
-        return self._spent["rows"] / max(self._ended - self._began, 1e-9)
+        """The workers' own rates added up, each from when that one was ready until now: without what starting takes."""
+        return sum(rows / max(self._ended - self._began[worker], 1e-9) for worker, rows in self._rows.items())
 
     @property
     def floor(self) -> float:
