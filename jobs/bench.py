@@ -19,6 +19,7 @@ BENCHMARKS = {
     "fuzz": "a million damaged files through raycnn.images.pixels: what they become, and the matrix of hazards",
     "images": "one core: raycnn.images against bare decoding and torchvision's transform",
     "label": "all cores: images labelled per second by raycnn, Daft, Ray Data as documented and a bare loop",
+    "resume": "training killed within epochs: each sample once per epoch, and weights equal to an unbroken run's",
     "scale": "planning of 100 million keys, and labeling of 10 thousand to 1 million images: time and memory of each",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",
 }

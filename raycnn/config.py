@@ -191,6 +191,8 @@ class TrainConfig(VerbConfig):
     """Smallest share of an image that a random training box covers; 1 trains on the same box as evaluation."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order and augmentation."""
+    checkpoint_every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints within an epoch; each epoch ends with one, too."""
     num_workers: int = Field(default=1, ge=1)
     """Training workers; one per GPU in production."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -5,22 +5,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raycnn.shards import Slice
-from raycnn.shards.order import epoch_pieces, lanes_for, row_order, step_counts, steps_per_epoch
+from raycnn.shards.order import Cursor, epoch_pieces, lanes_for, row_order, step_counts, steps_per_epoch
 
 
 def groups_of(sizes: list[int]) -> list[Slice]:
     return [Slice("", f"data/{i}", 0, "", 0, rows, 0, 0, -1) for i, rows in enumerate(sizes)]
 
 
-def visited(groups: list[Slice], seed: int, epoch: int, batch_size: int, lanes: int, workers: int):
-    """The rows of every step, as a set of (group, row), taken the way a worker takes them."""
+def visited(groups: list[Slice], seed: int, epoch: int, batch_size: int, lanes: int, workers: int, first: int = 0):
+    """The rows of every step from `first` on, as a set of (group, row), taken the way a worker takes them."""
     rows = sum(g.rows for g in groups)
-    steps: list[set[tuple[int, int]]] = [set() for _ in range(steps_per_epoch(rows, batch_size))]
+    steps: list[set[tuple[int, int]]] = [set() for _ in range(steps_per_epoch(rows, batch_size) - first)]
+    cursor = Cursor(epoch, first)
     for rank in range(workers):
         owned = [lane for lane in range(lanes) if lane % workers == rank]
         waiting: dict[int, list[tuple[int, int]]] = {lane: [] for lane in owned}
-        pieces = iter(epoch_pieces(groups, seed, epoch, batch_size, lanes, owned, max_rows=10 * workers + 7))
-        for step, seen in enumerate(steps):
+        pieces = iter(epoch_pieces(groups, seed, cursor, batch_size, lanes, owned, max_rows=10 * workers + 7))
+        for step, seen in enumerate(steps, first):
             for lane, count in step_counts(rows, batch_size, lanes, owned, step):
                 while len(waiting[lane]) < count:
                     piece = next(pieces)
@@ -49,6 +50,16 @@ def test_every_row_is_visited_once_and_batches_do_not_depend_on_the_number_of_wo
     assert set().union(*alone) == {(g, r) for g, rows in enumerate(sizes) for r in range(rows)}
     for workers in (2, 4, 8):
         assert visited(groups, seed, epoch, batch_size, lanes, workers) == alone
+
+
+@pytest.mark.slow
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12), batch_size=st.integers(1, 64), cut=st.floats(0, 1))
+def test_a_run_that_is_cut_in_an_epoch_goes_on_with_the_next_step_on_any_number_of_workers(sizes, batch_size, cut):
+    groups, lanes = groups_of(sizes), lanes_for(1)
+    whole = visited(groups, 0, 1, batch_size, lanes, 1)
+    first = int(cut * (len(whole) - 1))
+    for workers in (1, 2, 8):
+        assert visited(groups, 0, 1, batch_size, lanes, workers, first) == whole[first:]
 
 
 def test_steps_are_as_even_as_rounding_lets_them_be():

@@ -22,7 +22,7 @@ from raycnn.models import build
 from raycnn.shards import PackedCollection, open_collection
 from raycnn.storage import open_store
 from raycnn.training import Checkpoints, image_spec, train
-from raycnn.training.folder import History, claim
+from raycnn.training.folder import History, claim, resume_at
 from raycnn.training.rank import hand_over
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -114,6 +114,21 @@ def test_a_torn_checkpoint_is_not_used(tmp_path):
     left = Checkpoints(open_store(str(tmp_path))).last()
     assert left is not None
     assert left["epoch"] == 0
+
+
+def test_a_checkpoint_within_an_epoch_is_the_last_and_never_the_best(tmp_path):
+    checkpoints = Checkpoints(open_store(str(tmp_path)))
+    checkpoints.save({"x": torch.zeros(1)}, 0, 0.7)
+    for step in (10, 20, 30):
+        checkpoints.save({"x": torch.full((1,), float(step))}, 1, None, step)
+    last, best = checkpoints.last(), checkpoints.best()
+    assert last is not None
+    assert best is not None
+    assert (resume_at(last), resume_at(best)) == ((1, 30), (1, 0))
+    assert checkpoints.load(checkpoints.at(resume_at(last)))["x"].tolist() == [30.0]
+    checkpoints.save({"x": torch.ones(1)}, 1, 0.6)
+    assert resume_at(checkpoints.last()) == (2, 0)
+    assert checkpoints.best() == best
 
 
 def test_a_run_that_is_to_end_sooner_than_it_has_come_is_finished(packed, tmp_path):

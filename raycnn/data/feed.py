@@ -5,7 +5,7 @@ Nothing here imports torch: a task that decodes does not need it, and it takes s
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,11 +93,11 @@ class LaneBuffers:
         self._waiting: dict[int, deque[Block]] = {}
         self._next: dict[int, int] = {}
 
-    def begin(self, epoch: int) -> None:
-        """Go on to an epoch; every row of the one before must have been taken."""
+    def begin(self, epoch: int, first: Mapping[int, int]) -> None:
+        """Go on to an epoch, each lane at its first row; every row of the epoch before must have been taken."""
         if any(self._waiting.values()):
             raise RuntimeError("rows of the epoch before are left over: a gap in the order of training")
-        self._epoch, self._next = epoch, {}
+        self._epoch, self._next = epoch, dict(first)
 
     def take(self, counts: list[tuple[int, int]]) -> FeedBatch:
         """The next rows of each lane as one batch, without those that have no pixels or no label."""
@@ -122,7 +122,7 @@ class LaneBuffers:
         starts = np.flatnonzero(np.diff(block["lane"], prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(block["lane"])], strict=True):
             lane, ordinal = int(block["lane"][start]), int(block["ordinal"][start])
-            if block["epoch"][start] != self._epoch or ordinal != self._next.get(lane, ordinal):
+            if block["epoch"][start] != self._epoch or ordinal != self._next[lane]:
                 raise RuntimeError(f"lane {lane}: row {ordinal} arrived out of the order of training")
             self._next[lane] = ordinal + int(stop - start)
             self._waiting.setdefault(lane, deque()).append({k: v[start:stop] for k, v in block.items()})

@@ -16,6 +16,13 @@ from raycnn.shards.collection import Slice
 MIN_LANES = 8
 
 
+class Cursor(NamedTuple):
+    """Where a run goes on: in this epoch, of which so many steps are done."""
+
+    epoch: int
+    step: int
+
+
 class Piece(NamedTuple):
     """Rows of one row group, in the order `row_order(...)[start:stop]`, that one lane needs from `step` on."""
 
@@ -62,18 +69,19 @@ def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
 
 
 def epoch_pieces(
-    groups: Sequence[Slice], seed: int, epoch: int, batch_size: int, lanes: int, owned: Sequence[int], max_rows: int
+    groups: Sequence[Slice], seed: int, cursor: Cursor, batch_size: int, lanes: int, owned: Sequence[int], max_rows: int
 ) -> list[Piece]:
-    """What the owner of some lanes has to read in an epoch, at most `max_rows` at a time, as its steps need it."""
-    rows = sum(g.rows for g in groups)
+    """What the owner of some lanes has yet to read in an epoch, at most `max_rows` at a time, as its steps need it."""
+    rows, epoch = sum(g.rows for g in groups), cursor.epoch
     steps = steps_per_epoch(rows, batch_size)
     runs = [(lane, *lane_range(rows, lanes, lane)) for lane in owned]
+    first = first_rows(rows, batch_size, lanes, owned, cursor.step)
     pieces: list[Piece] = []
     position = 0
     for group in group_order(len(groups), seed, epoch):
         count = groups[group].rows
         for lane, low, high in runs:
-            start, stop = max(low, position), min(high, position + count)
+            start, stop = max(first[lane], position), min(high, position + count)
             for at in range(start, stop, max_rows):
                 step, end = _step_of(at - low, high - low, steps, lane, lanes), min(at + max_rows, stop)
                 pieces.append(Piece(epoch, step, lane, int(group), at, at - position, end - position))
@@ -89,10 +97,17 @@ def _step_of(row: int, lane_rows: int, steps: int, lane: int, lanes: int) -> int
     return step
 
 
-def step_counts(rows: int, batch_size: int, lanes: int, owned: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
-    """(lane, rows) that each owned lane gives to a step."""
-    steps = steps_per_epoch(rows, batch_size)
+def first_rows(rows: int, batch_size: int, lanes: int, owned: Sequence[int], step: int) -> dict[int, int]:
+    """Of each owned lane the position, in the epoch's sequence, of the first row that a step takes."""
+    steps, first = steps_per_epoch(rows, batch_size), {}
     for lane in owned:
         low, high = lane_range(rows, lanes, lane)
-        begin = step_start(high - low, steps, lane, lanes, step)
-        yield lane, step_start(high - low, steps, lane, lanes, step + 1) - begin
+        first[lane] = low + step_start(high - low, steps, lane, lanes, step)
+    return first
+
+
+def step_counts(rows: int, batch_size: int, lanes: int, owned: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
+    """(lane, rows) that each owned lane gives to a step."""
+    begin, end = (first_rows(rows, batch_size, lanes, owned, s) for s in (step, step + 1))
+    for lane in owned:
+        yield lane, end[lane] - begin[lane]

@@ -13,14 +13,14 @@ from safetensors.torch import save as save_safetensors
 from raycnn.config import TrainConfig, to_yaml
 from raycnn.errors import ConfigError, StorageError
 from raycnn.shards import MANIFEST, PackedCollection
-from raycnn.shards.order import lanes_for
+from raycnn.shards.order import Cursor, lanes_for
 from raycnn.storage import Store
 
 CONFIG, IDENTITY, DATA = "config.yaml", "run.json", "data"
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
 
-RESUMABLE = ("data", "run", "epochs", "num_workers", "device", "max_failures", "max_bad")
+RESUMABLE = ("data", "run", "epochs", "num_workers", "device", "max_failures", "max_bad", "checkpoint_every")
 """Settings that may differ when a run goes on; the others would make it another run. Data is known by its digest."""
 
 
@@ -93,7 +93,8 @@ def claim(store: Store, config: TrainConfig, packed: PackedCollection) -> int:
 class Checkpoints:
     """Three slots below `checkpoints/`; a checkpoint never overwrites the last or the best one.
 
-    A slot's marker holds the sha256 of its tensors and is written after them, so that a torn write shows.
+    A slot's marker holds the sha256 of its tensors and is written after them, so that a torn write shows. It has an
+    accuracy where the epoch is done, and the number of steps that are done within it otherwise.
     """
 
     def __init__(self, store: Store) -> None:
@@ -103,18 +104,19 @@ class Checkpoints:
 
     def last(self) -> dict[str, Any] | None:
         """The marker of the newest whole checkpoint."""
-        return self._first_whole(sorted(self._markers(), key=lambda m: -m["epoch"]))
+        return self._first_whole(sorted(self._markers(), key=resume_at, reverse=True))
 
     def best(self) -> dict[str, Any] | None:
-        """The marker of the most accurate whole checkpoint; the earlier of equals."""
-        return self._first_whole(sorted(self._markers(), key=lambda m: (-m["accuracy_top1"], m["epoch"])))
+        """The marker of the most accurate whole checkpoint of an epoch's end; the earlier of equals."""
+        ends = [m for m in self._markers() if m["accuracy_top1"] is not None]
+        return self._first_whole(sorted(ends, key=lambda m: (-m["accuracy_top1"], m["epoch"])))
 
-    def at(self, epoch: int) -> dict[str, Any]:
-        """The marker of an epoch's checkpoint, which another worker has found whole."""
-        found = next((m for m in self._markers() if m["epoch"] == epoch), None)
+    def at(self, cursor: Cursor) -> dict[str, Any]:
+        """The marker of the checkpoint to go on with there, which another worker has found whole."""
+        found = next((m for m in self._markers() if resume_at(m) == cursor), None)
         if found is None:
             raise StorageError(
-                f"{self._store.address()}: not every worker sees the checkpoint of epoch {epoch}; "
+                f"{self._store.address()}: not every worker sees the checkpoint of epoch {cursor.epoch}; "
                 "on several nodes the run folder has to be s3:// or a folder that all of them share"
             )
         return found
@@ -128,14 +130,21 @@ class Checkpoints:
             )
         return load_safetensors(content)
 
-    def save(self, tensors: dict[str, torch.Tensor], epoch: int, accuracy_top1: float) -> None:
-        """Write to the slot that is neither the last nor the best."""
+    def save(self, tensors: dict[str, torch.Tensor], epoch: int, accuracy_top1: float | None, step: int = 0) -> None:
+        """Write to the slot that is neither the last nor the best.
+
+        Args:
+            tensors: What the run goes on with.
+            epoch: The epoch that is done, or of which some steps are.
+            accuracy_top1: On validation; None within an epoch.
+            step: Steps that are done within the epoch.
+        """
         taken = {m["slot"] for m in (self.last(), self.best()) if m}
         slot = next(s for s in range(SLOTS) if s not in taken)
         content = save_safetensors(tensors)
         self._store.put(_tensors(slot), content)
         digest = hashlib.sha256(content).hexdigest()
-        marker = {"slot": slot, "epoch": epoch, "accuracy_top1": accuracy_top1, "sha256": digest}
+        marker = {"slot": slot, "epoch": epoch, "step": step, "accuracy_top1": accuracy_top1, "sha256": digest}
         self._store.put(_marker(slot), json.dumps(marker).encode())
         self._whole.add(digest)
 
@@ -165,6 +174,14 @@ class Checkpoints:
 
 def _marker(slot: int) -> str:
     return f"slot-{slot}.json"
+
+
+def resume_at(marker: dict[str, Any] | None) -> Cursor:
+    """Where a run with this checkpoint goes on."""
+    if marker is None:
+        return Cursor(0, 0)
+    is_within = marker["accuracy_top1"] is None
+    return Cursor(marker["epoch"], marker["step"]) if is_within else Cursor(marker["epoch"] + 1, 0)
 
 
 def _tensors(slot: int) -> str:

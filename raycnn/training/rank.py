@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from raycnn.errors import Bad, DataError, Status
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
 from raycnn.shards import PackedCollection, open_collection
-from raycnn.shards.order import epoch_pieces, step_counts, steps_per_epoch
+from raycnn.shards.order import Cursor, epoch_pieces, first_rows, step_counts, steps_per_epoch
 from raycnn.storage import open_store
-from raycnn.training.folder import Checkpoints, History, TensorBoard
+from raycnn.training.folder import Checkpoints, History, TensorBoard, resume_at
 
 PIECE_BYTES = 96 * MIB
 """Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
@@ -29,6 +29,9 @@ STREAM_PIECES = (64, 512)
 """Pieces that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
 pass before the first is decoded; so the first step does not wait long, and later executions are rare."""
 PROGRESS_S = 0.5
+COUNTS = "counts"
+NO_COUNTS = [0.0] * (3 + len(Status))
+"""Of an epoch, over all ranks: the sum of the losses, trained rows, rows without a label, bad ones of each status."""
 SELFTEST_IMAGES = 8
 
 
@@ -97,13 +100,20 @@ class _Run:
         """Run the epochs that are left."""
         trainer = loop.Trainer(model, self._config, self._steps * self._config.epochs)
         checkpoints = Checkpoints(self._store)
-        first = self._resume(checkpoints, classifier, trainer)
+        first, counts = self._resume(checkpoints, classifier, trainer)
+
+        def save_within(epoch: int, step: int, so_far: list[float]) -> None:
+            state = loop.pack_state(classifier, trainer.optimizer)
+            checkpoints.save(state | {COUNTS: torch.tensor(so_far, dtype=torch.float64)}, epoch, None, step)
+
         history = History(self._store)
-        history.cut(first)
+        history.cut(first.epoch)
         batches = self._batches(first)
-        with TensorBoard(self._store, self.rank == 0, first * self._steps) as board:
-            for epoch in range(first, self._config.epochs):
-                line = self._epoch(epoch, trainer, batches)
+        with TensorBoard(self._store, self.rank == 0, first.epoch * self._steps) as board:
+            for epoch in range(first.epoch, self._config.epochs):
+                here = first if epoch == first.epoch else Cursor(epoch, 0)
+                line = self._epoch(here, counts, trainer, batches, save_within)
+                counts = list(NO_COUNTS)
                 metrics = loop.evaluate(classifier, self._val_batches(), len(self._packed.class_names))
                 if self.rank == 0:
                     line |= {"metrics/accuracy_top1": metrics.accuracy_top1, "val/loss": metrics.loss}
@@ -114,40 +124,62 @@ class _Run:
                     checkpoints.save(state, epoch, metrics.accuracy_top1)
                     self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
 
-    def _resume(self, checkpoints: Checkpoints, classifier: Classifier, trainer: loop.Trainer) -> int:
-        """Load the checkpoint that rank 0 finds, so that all ranks go on from one; the epoch to go on with."""
+    def _resume(
+        self, checkpoints: Checkpoints, classifier: Classifier, trainer: loop.Trainer
+    ) -> tuple[Cursor, list[float]]:
+        """Load the checkpoint that rank 0 finds, so that all ranks go on from one; where, and what it had counted."""
         last = checkpoints.last() if self.rank == 0 else None
-        (epoch,) = self._sum([float(last["epoch"] + 1) if last else 0.0])
-        if epoch:
-            marker = last or checkpoints.at(int(epoch) - 1)
-            loop.unpack_state(checkpoints.load(marker), classifier, trainer.optimizer)
-        return int(epoch)
+        first = Cursor(*map(int, self._sum(list(map(float, resume_at(last))))))
+        counts = list(NO_COUNTS)
+        if first > (0, 0):
+            tensors = checkpoints.load(last or checkpoints.at(first))
+            if first.step and self.rank == 0:  # they are those of all ranks
+                counts = tensors[COUNTS].tolist()
+            loop.unpack_state(tensors, classifier, trainer.optimizer)
+        return first, counts
 
-    def _epoch(self, epoch: int, trainer: loop.Trainer, batches: Iterator[data.FeedBatch]) -> dict[str, Any]:
-        start, total, rows, unlabelled, bad = time.perf_counter(), 0.0, 0, 0, Counter[str]()
-        for step in range(self._steps):
+    def _epoch(
+        self,
+        first: Cursor,
+        counts: list[float],
+        trainer: loop.Trainer,
+        batches: Iterator[data.FeedBatch],
+        save_within: Callable[[int, int, list[float]], None],
+    ) -> dict[str, Any]:
+        """What is left of an epoch, and its line; `counts` is what an earlier process had counted of it."""
+        epoch, start, rows = first.epoch, time.perf_counter(), 0
+        for step in range(first.step, self._steps):
             taken = next(batches)
             loss, count = trainer.step(_to_torch(taken), epoch * self._steps + step)
-            total, rows = total + loss, rows + count
-            bad.update(str(f.status) for f in taken.failures)
-            unlabelled += taken.unlabelled
+            rows += count
+            found = [loss, count, taken.unlabelled, *(sum(f.status == word for f in taken.failures) for word in Status)]
+            counts = [a + b for a, b in zip(counts, found, strict=True)]
             self._post_step(epoch, step, rows, start)
-        mine = [total, float(rows), float(unlabelled), *(float(bad[word]) for word in Status)]
-        total, all_rows, all_unlabelled, *counts = self._sum(mine)
-        skipped = {str(word): int(count) for word, count in zip(Status, counts, strict=True) if count}
-        check_bad(skipped, self._rows, self._config.max_bad)
-        if all_unlabelled:
-            skipped["unlabelled"] = int(all_unlabelled)
+            if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < self._steps:
+                so_far = self._sum(counts)
+                self._skipped(so_far)
+                if self.rank == 0:
+                    save_within(epoch, step + 1, so_far)
+        total, all_rows, *_ = everything = self._sum(counts)
+        skipped = self._skipped(everything)
+        (rows_here,) = self._sum([float(rows)])
         seconds = time.perf_counter() - start
         return {
             "epoch": epoch,
             "step": (epoch + 1) * self._steps,
             "train/loss": total / max(1.0, all_rows),
             "lr": trainer.optimizer.param_groups[0]["lr"],
-            "images_per_s": all_rows / seconds,
+            "images_per_s": rows_here / seconds,
             "seconds": seconds,
             "skipped": skipped,
         }
+
+    def _skipped(self, counts: list[float]) -> dict[str, int]:
+        """The images of an epoch that were not trained on, by reason; DataError where they are too many."""
+        _, _, unlabelled, *bad = counts
+        skipped = {str(word): int(count) for word, count in zip(Status, bad, strict=True) if count}
+        check_bad(skipped, self._rows, self._config.max_bad)
+        return skipped | ({"unlabelled": int(unlabelled)} if unlabelled else {})
 
     def _sum(self, values: list[float]) -> list[float]:
         """Each value summed up over the ranks."""
@@ -170,21 +202,23 @@ class _Run:
     def _post(self, event: dict[str, Any]) -> None:
         self._board.post.remote(event)
 
-    def _batches(self, first: int) -> Iterator[data.FeedBatch]:
+    def _batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
         """This rank's share of every step of every epoch from `first` on, in order."""
         c = self._config
+        starts = [first, *(Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))]
         items = (
             piece._asdict() | {"slice": list(self._groups[piece.group])}
-            for epoch in range(first, c.epochs)
+            for start in starts
             for piece in epoch_pieces(
-                self._groups, c.seed, epoch, c.batch_size, self._lanes, self._owned, self._piece_rows
+                self._groups, c.seed, start, c.batch_size, self._lanes, self._owned, self._piece_rows
             )
         )
         arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale}
         buffers = data.LaneBuffers(self._stream(items, arguments), self._spec)
-        for epoch in range(first, c.epochs):
-            buffers.begin(epoch)
-            for step in range(self._steps):
+        for start in starts:
+            rows = first_rows(self._rows, c.batch_size, self._lanes, self._owned, start.step)
+            buffers.begin(start.epoch, rows)
+            for step in range(start.step, self._steps):
                 counts = step_counts(self._rows, c.batch_size, self._lanes, self._owned, step)
                 yield buffers.take(list(counts))
 
@@ -240,7 +274,7 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
         metrics={
             "accuracy_top1": metrics.accuracy_top1,
             "loss": metrics.loss,
-            "epochs": last["epoch"] + 1,
+            "epochs": resume_at(last).epoch,
         },
         validation=metrics.validation(),
         samples=good,

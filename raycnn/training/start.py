@@ -21,7 +21,7 @@ from raycnn.models import (
 )
 from raycnn.shards import Collection, PackedCollection, open_collection
 from raycnn.storage import Store, contains, open_store
-from raycnn.training.folder import DATA, Checkpoints, History, check_before_packing, claim, claimed
+from raycnn.training.folder import DATA, Checkpoints, History, check_before_packing, claim, claimed, resume_at
 from raycnn.training.rank import check_bad, work
 
 SMALL_SIDE = 64
@@ -58,8 +58,7 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     _check_classes(packed)
     spec = image_spec(config, packed.manifest)
     claimed(store, config, packed)
-    last = Checkpoints(store).last()
-    done = last["epoch"] + 1 if last else 0
+    done = resume_at(Checkpoints(store).last()).epoch
     if done < config.epochs or _bundle_epochs(store) < done:
         _check_readable(config, packed)
         _fit(config, store, packed, spec, say)
