@@ -30,8 +30,21 @@ MIB = 1024 * 1024
 MAX_IMAGE_BYTES = 64 * MIB
 """Largest encoded image; labels and the endpoint hold to it alike."""
 
+HISTOGRAM_BINS = 100
+"""Of the confidences in a bundle's validation and in label outputs."""
+
+FLOAT32, FLOAT16 = "float32", "float16"
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def precision_on(device: str) -> str:
+    """The arithmetic that predictions on a device are held to: float16 on "cuda", float32 elsewhere.
+
+    It decides the tolerance against the bundle's self-test, so labels of different precisions are different labels.
+    """
+    return FLOAT16 if device.partition(":")[0] == "cuda" else FLOAT32
 
 
 def absolute(url: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from raycnn.config import HISTOGRAM_BINS
 from raycnn.errors import DataError
 
 TEMPERATURES = tuple(2.0 ** (k / 8) for k in range(-16, 25))
@@ -21,7 +22,6 @@ BINS = 600
 """Confidence bins over [0, 1]; bin i holds confidences in [i / BINS, (i + 1) / BINS)."""
 
 ECE_BINS = 15
-HISTOGRAM_BINS = 100
 THRESHOLDS = (*(k / 50 for k in range(50)), 0.99, 0.995)
 
 _CHUNK_ELEMENTS = 4_000_000

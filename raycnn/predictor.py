@@ -10,10 +10,9 @@ from torch import Tensor
 
 from raycnn import images
 from raycnn.bundle import REDUCED_TOLERANCE, Bundle, Session
+from raycnn.config import FLOAT16, precision_on
 from raycnn.errors import Bad, BundleError
 from raycnn.metrics import top_classes
-
-FLOAT32, FLOAT16 = "float32", "float16"
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,6 @@ class Predictions:
     """(N, k), calibrated with the bundle's temperature."""
     embeddings: npt.NDArray[np.float16] | None = None
     """(N, D), what the layer that casts the votes is given, where it was asked for; always finite."""
-
-
-def precision_on(device: str) -> str:
-    """The arithmetic that predictions on a device are held to: float16 on "cuda", float32 elsewhere.
-
-    It decides the tolerance against the bundle's self-test, so labels of different precisions are different labels.
-    """
-    return FLOAT16 if torch.device(device).type == "cuda" else FLOAT32
 
 
 class Predictor:

@@ -14,8 +14,8 @@ from raycnn import bundle as bundles
 from raycnn.config import ImageSpec, LabelConfig, make
 from raycnn.data import Decoder, decoding, read_ahead
 from raycnn.errors import BundleError, StorageError
+from raycnn.labeling.facts import facts_of, fingerprint_of
 from raycnn.labeling.rows import label_rows
-from raycnn.labeling.run import fingerprint_of
 from raycnn.labeling.staged import UnitDecoder
 from raycnn.ledger import label_ledger
 from raycnn.predictor import Predictions
@@ -80,7 +80,7 @@ def test_a_decode_task_that_is_done_again_gives_the_blocks_that_ray_has_got_of_i
     config = make(
         LabelConfig, {"data": str(photos), "out": str(tmp_path / "out"), "bundle": make_bundle(str(tmp_path))}
     )
-    fingerprint = fingerprint_of(bundles.load(config.bundle), config, "float32")
+    fingerprint = fingerprint_of(facts_of(bundles.load(config.bundle)), config, "float32")
     ledger = label_ledger(open_store(config.out), fingerprint)
     cut = units(open_collection(config.data, ()).select("all", Counter()))
     plan = ledger.plan(0, cut, {}, fingerprint, Counter())

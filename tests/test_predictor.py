@@ -10,10 +10,10 @@ from PIL import Image
 
 from raycnn import bundle as bundles
 from raycnn.bundle.graph import _export
-from raycnn.config import ImageSpec
+from raycnn.config import ImageSpec, precision_on
 from raycnn.errors import Bad, Status
 from raycnn.models import build
-from raycnn.predictor import Predictor, precision_on
+from raycnn.predictor import Predictor
 
 NAMES = ("a", "b", "c", "d")
 TEMPERATURE = 1.5

@@ -13,10 +13,10 @@ from raycnn.data.budget import (
     plan_training,
     plan_units,
 )
-from raycnn.data.cluster import connect, is_connected, resources, session, user_errors, warm_up
+from raycnn.data.cluster import call_early, connect, is_connected, resources, session, user_errors
 from raycnn.data.decoding import Decoder, groups, read_ahead
 from raycnn.data.feed import FeedBatch, LaneBuffers, decode_piece, join, row_ranges
-from raycnn.data.pipelines import map_units, stream
+from raycnn.data.pipelines import UnitWorker, map_units, stream
 
 __all__ = [
     "Board",
@@ -30,7 +30,9 @@ __all__ = [
     "StagePlan",
     "TrainPlan",
     "UnitPlan",
+    "UnitWorker",
     "Waiting",
+    "call_early",
     "connect",
     "decode_piece",
     "groups",
@@ -47,5 +49,4 @@ __all__ = [
     "session",
     "stream",
     "user_errors",
-    "warm_up",
 ]

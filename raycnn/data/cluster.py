@@ -6,10 +6,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -34,6 +34,9 @@ UNSAFE_VARIABLES = (
 """Each re-opens a hole through which a data file runs code (CVE-2026-41486, CVE-2026-57516)."""
 
 
+T = TypeVar("T")
+
+
 def connect(say: Progress | None = None) -> None:
     """Connect to the cluster of this job or machine, or start a local one; quietly, but for a note to `say`.
 
@@ -51,20 +54,24 @@ def connect(say: Progress | None = None) -> None:
     _quiet()
 
 
-def warm_up(module: str) -> None:
-    """Have workers import a module while the driver still plans, which with torch in it takes seconds.
+def call_early(function: Callable[[str], T], argument: str, module: str) -> T:
+    """What a function returns, which is called in a worker and may import torch, so that the driver need not.
 
-    Two actors that Ray Data starts with its first pipeline, and then waits for, start now as well.
+    Meanwhile others import the module with which all of them will work. Two actors that Ray Data starts with its first
+    pipeline, and then waits for, start as well.
     """
     import ray
     from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
     from ray.data._internal.stats import get_or_create_stats_actor
 
+    result = ray.remote(num_cpus=0)(function).remote(argument)  # which need not wait for a CPU
     task = ray.remote(num_cpus=1)(importlib.import_module)
-    for _ in range(min(int(ray.available_resources().get("CPU", 0)), MAX_WARM)):
+    for _ in range(min(int(ray.available_resources().get("CPU", 0)), MAX_WARM) - 1):
         task.options(name="warm up").remote(module)
     get_or_create_stats_actor()
     get_or_create_autoscaling_coordinator()
+    with user_errors():
+        return ray.get(result)
 
 
 def is_connected() -> bool:

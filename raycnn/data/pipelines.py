@@ -51,7 +51,7 @@ class UnitWorker(Protocol):
 
 
 def map_units(
-    worker: type[UnitWorker],
+    worker: Callable[..., UnitWorker],
     items: Sequence[dict[str, Any]],
     plan: UnitPlan,
     arguments: dict[str, Any],
@@ -63,10 +63,10 @@ def map_units(
     earlier one: importing torch takes longer than many a pipeline. A GPU is held by an actor.
 
     Args:
-        worker: a class, made once in each process with `arguments`.
+        worker: makes what works, once in each process, from `arguments`.
         items: JSON-able.
         plan: from `plan_units`.
-        arguments: JSON-able constructor arguments.
+        arguments: JSON-able keyword arguments.
         say: is told when nothing comes for want of CPUs or GPUs.
     """
     with run_name() as run:
@@ -171,7 +171,7 @@ def begun_before(run: str, batch: dict[str, np.ndarray]) -> bool:
 class BatchActor:
     """A worker that stays: it holds a GPU."""
 
-    def __init__(self, worker: type[UnitWorker], arguments: str, run: str) -> None:
+    def __init__(self, worker: Callable[..., UnitWorker], arguments: str, run: str) -> None:
         self._work, self._run = worker(**json.loads(arguments)), run
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -180,13 +180,13 @@ class BatchActor:
 
 
 def _work_in_task(
-    batch: dict[str, np.ndarray], worker: type, arguments: str, run: str
+    batch: dict[str, np.ndarray], worker: Callable[..., UnitWorker], arguments: str, run: str
 ) -> Iterator[dict[str, np.ndarray]]:
     yield from _results(batch, made_once(worker, arguments, run), run)
 
 
 @functools.lru_cache(maxsize=1)
-def made_once(worker: type, arguments: str, run: str) -> Callable[..., Any]:
+def made_once(worker: Callable[..., Any], arguments: str, run: str) -> Callable[..., Any]:
     """The run's worker of this process; `run` keeps a later run from seeing what this one has cached."""
     return worker(**json.loads(arguments))
 

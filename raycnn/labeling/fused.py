@@ -15,7 +15,9 @@ from raycnn import bundle as bundles
 from raycnn import data, images
 from raycnn.config import LabelConfig
 from raycnn.errors import Bad, BundleError, DataError, Status
-from raycnn.labeling.rows import UnitRows, counts_of, written
+from raycnn.labeling.counts import counts_of
+from raycnn.labeling.facts import facts_of, fingerprint_of
+from raycnn.labeling.rows import UnitRows, written
 from raycnn.labeling.speed import Stopwatch
 from raycnn.ledger import Ledger, UnitRef, fingerprint_id
 from raycnn.predictor import Predictor
@@ -28,10 +30,8 @@ BATCH = 64
 
 def load_checked(config: LabelConfig, fingerprint: dict[str, Any]) -> bundles.Bundle:
     """The bundle, whose self-test runs here; refused where this node would make other rows than the plan wants."""
-    from raycnn.labeling.run import fingerprint_of
-
     bundle = bundles.load(config.bundle)
-    mine = fingerprint_of(bundle, config, fingerprint["precision"])
+    mine = fingerprint_of(facts_of(bundle), config, fingerprint["precision"])
     if differing := sorted(k for k in mine if mine[k] != fingerprint[k]):
         raise BundleError(
             f"node {socket.gethostname()} has another {', '.join(differing)} than the plan; "

@@ -1,30 +1,27 @@
-"""The driver of a labeling run: it plans, has the units labelled, and finishes. It imports torch on a thread."""
+"""The driver of a labeling run: it plans, has the units labelled, and finishes. It does without torch."""
 
-import hashlib
 import io
 import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycnn import data
-from raycnn.config import LabelConfig, to_yaml
+from raycnn.config import LabelConfig, precision_on, to_yaml
 from raycnn.errors import ConfigError, DataError, Status
+from raycnn.labeling.counts import add_counts, counts_of, shift
+from raycnn.labeling.facts import Facts, fingerprint_of, read_facts
 from raycnn.labeling.report import LabelReport, price_of_abstaining
 from raycnn.labeling.speed import Speed
 from raycnn.ledger import ALTERED, Growth, Ledger, Plan, UnitRef, label_ledger, new_slices, success_path
 from raycnn.shards import Collection, Slice, open_collection, units
 from raycnn.storage import contains, open_store
 
-if TYPE_CHECKING:
-    from raycnn import bundle as bundles
-
-SCHEMA_VERSION = 1
 READERS = 16
 """Parts of earlier runs that are read at once."""
 
@@ -45,22 +42,15 @@ def label(config: LabelConfig, progress: data.Progress | None = None) -> LabelRe
     collection = open_collection(config.data, ())
     collection.accept_unreadable = config.accept_unreadable
     collection.check_split(config.split)
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(_load, config.bundle)
-        say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
-        if open_store(config.bundle).head("config.json") is None:
-            loading.result()  # which says what is missing; Ray need not start for that
-        if not _looks_finished(config.out):
-            data.connect(say)  # Ray starts while torch is imported, which takes as long
-            data.warm_up("raycnn.labeling.fused")
-        bundle = loading.result()
-    return _LabelRun(config, bundle, collection, say).run(start)
-
-
-def _load(url: str) -> "bundles.Bundle":
-    from raycnn import bundle as bundles
-
-    return bundles.load(url)
+    say({"kind": "note", "text": f"{config.data}: {collection.layout}, because {collection.reason}"})
+    if _looks_finished(config.out) or open_store(config.bundle).head("config.json") is None:
+        facts = read_facts(config.bundle)  # which may say what is missing; Ray need not start for that
+    else:
+        data.connect(say)
+        facts = data.call_early(read_facts, config.bundle, "raycnn.labeling.fused")
+    for text in facts.warnings:
+        say({"kind": "note", "text": text})
+    return _LabelRun(config, facts, collection, say).run(start)
 
 
 def _looks_finished(out: str) -> bool:
@@ -68,10 +58,8 @@ def _looks_finished(out: str) -> bool:
 
 
 class _LabelRun:
-    def __init__(
-        self, config: LabelConfig, bundle: "bundles.Bundle", collection: Collection, say: data.Progress
-    ) -> None:
-        self._config, self._bundle, self._collection, self._say = config, bundle, collection, say
+    def __init__(self, config: LabelConfig, facts: Facts, collection: Collection, say: data.Progress) -> None:
+        self._config, self._facts, self._collection, self._say = config, facts, collection, say
         store = open_store(config.out)
         self._store = store.single_driver() if config.single_driver else store
         self._selection = {
@@ -86,7 +74,7 @@ class _LabelRun:
     def run(self, start: float) -> LabelReport:
         """Plan or adopt, label what is pending, finish, report."""
         if self._config.abstain:
-            said = price_of_abstaining(self._config.abstain, self._bundle.validation)
+            said = price_of_abstaining(self._config.abstain, self._facts.validation)
             self._say({"kind": "note", "text": said})
         plans = self.plans()
         written, rows = self._work(plans)
@@ -97,8 +85,6 @@ class _LabelRun:
 
     def _work(self, plans: list[Plan]) -> tuple[int, int]:
         """(units, rows) that this run has committed to finish the plans."""
-        from raycnn.labeling.rows import add_counts
-
         written = rows = 0
         for plan in plans:
             if (pending := self._ledger.pending(plan)) or self._ledger.success(plan.generation) is None:
@@ -113,17 +99,15 @@ class _LabelRun:
         return written, rows
 
     def _report(self, plans: list[Plan], written: int, rows: int, seconds: float) -> LabelReport:
-        from raycnn.labeling.rows import add_counts, shift
-
         counts = add_counts([m["counts"] for p in plans if (m := self._ledger.success(p.generation)) is not None])
-        names = self._bundle.class_names
+        names = self._facts.class_names
         return LabelReport(
             rows=sum(p.rows for p in plans),
             status=counts["status"],
             classes={names[int(label)]: n for label, n in counts["labels"].items()},
             confidence=counts["confidence"],
             abstained=counts["abstained"],
-            shift=shift(counts, self._bundle.validation),
+            shift=shift(counts, self._facts.validation),
             units=sum(len(p.refs) for p in plans),
             units_written=written,
             images_per_s=rows / seconds,
@@ -137,15 +121,13 @@ class _LabelRun:
 
     def _fingerprinted(self) -> dict[str, Any]:
         """The fingerprint of this run; a plan that exists has decided the precision."""
-        from raycnn.predictor import precision_on
-
         found = Ledger(self._store, "").plans()
         if found:
             precision = found[0].content["fingerprint"].get("precision", precision_on("cpu"))
         else:
             data.connect(self._say)
             precision = precision_on(self._device)
-        self._fingerprint = fingerprint_of(self._bundle, self._config, precision)
+        self._fingerprint = fingerprint_of(self._facts, self._config, precision)
         return self._fingerprint
 
     @property
@@ -234,8 +216,6 @@ class _LabelRun:
 
     def _results(self, plan: Plan, pending: list[UnitRef]) -> Iterator[dict[str, Any]]:
         """The units' reports, from the layout that the cluster calls for."""
-        from raycnn.predictor import precision_on
-
         data.connect(self._say)
         self._ledger.check(plan, self._selection, self._fingerprint | {"precision": precision_on(self._device)})
         now, limit = data.resources()
@@ -253,11 +233,9 @@ class _LabelRun:
             speed = Speed(cpus, has_gpus=stages.actor_gpus > 0)
             results = label_staged(items, stages, arguments, self._say)
         else:
-            from raycnn.labeling.fused import Labeler
-
             workers = data.plan_units("label", now, limit, len(pending))
             speed = Speed(workers.workers * workers.cpus)
-            results = data.map_units(Labeler, items, workers, arguments | {"device": "cpu"}, self._say)
+            results = data.map_units(_labeler, items, workers, arguments | {"device": "cpu"}, self._say)
         self._plan_speed = speed
         for result in results:
             for spent in result.pop("spent"):
@@ -281,8 +259,6 @@ class _LabelRun:
 
     def _finish(self, plan: Plan, written: dict[str, dict[str, Any]], counts: dict[str, Any]) -> None:
         """The success marker, with what this run wrote and counted, and what it reads again of earlier runs' parts."""
-        from raycnn.labeling.rows import add_counts, shift
-
         missing = self._described(ref for ref in plan.refs if self._ledger.path(ref) not in written)
         for part in missing:
             counts = add_counts([counts, part.pop("counts")])
@@ -290,8 +266,8 @@ class _LabelRun:
         self._check_bad(_bad_of(counts), plan)  # also those that another driver, or a process that died, has counted
         parts = (written[self._ledger.path(ref)] for ref in plan.refs)
         listed = [{k: part[k] for k in ("path", "bytes", "sha256", "rows")} for part in parts]
-        summary = {"status": counts["status"], "counts": counts, "shift": shift(counts, self._bundle.validation)}
-        self._ledger.finish(plan, {**summary, "class_names": list(self._bundle.class_names), "parts": listed})
+        summary = {"status": counts["status"], "counts": counts, "shift": shift(counts, self._facts.validation)}
+        self._ledger.finish(plan, {**summary, "class_names": list(self._facts.class_names), "parts": listed})
 
     def _described(self, refs: Iterable[UnitRef]) -> Iterator[dict[str, Any]]:
         """What is known of parts that lie there already; some are read at once, and no more than that are held."""
@@ -301,8 +277,6 @@ class _LabelRun:
                 yield from pool.map(self._describe, some)
 
     def _describe(self, ref: UnitRef) -> dict[str, Any]:
-        from raycnn.labeling.rows import counts_of
-
         path = self._ledger.path(ref)
         part = self._store.get(path)
         try:
@@ -312,26 +286,15 @@ class _LabelRun:
         return self._ledger.describe(ref, part) | {"counts": counts_of(table)}
 
 
+def _labeler(**arguments: Any) -> data.UnitWorker:
+    from raycnn.labeling.fused import Labeler  # imports torch, which this process need not
+
+    return Labeler(**arguments)
+
+
 def _bad_of(counts: dict[str, Any]) -> Counter[str]:
     return Counter({status: n for status, n in counts["status"].items() if status != Status.OK})
 
 
 def _listed(bad: Counter[str]) -> str:
     return ", ".join(f"{n:,} {s}" for s, n in sorted(bad.items()))
-
-
-def fingerprint_of(bundle: "bundles.Bundle", config: LabelConfig, precision: str) -> dict[str, Any]:
-    """All that decides a row's content: one output holds one fingerprint."""
-    return {
-        "bundle": bundle.digest,
-        "weights": bundle.weights_sha256,
-        "class_names": hashlib.sha256("\n".join(bundle.class_names).encode()).hexdigest(),
-        "image": bundle.spec.model_dump(mode="json"),
-        "temperature": bundle.temperature,
-        "precision": precision,
-        "top_k": min(config.top_k, len(bundle.class_names)),
-        "abstain": config.abstain,
-        "embeddings": config.embeddings,
-        "schema": SCHEMA_VERSION,
-        "pixels": bundle.pixel_digest,
-    }
