@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raycnn.config import LabelConfig
@@ -54,7 +54,7 @@ def read_facts(url: str) -> Facts:
         warnings.simplefilter("always", UserWarning)
         found = facts_of(bundles.load(url))
     said = (str(one.message) for one in caught if issubclass(one.category, UserWarning))
-    return Facts(**vars(found) | {"warnings": tuple(dict.fromkeys(said))})
+    return replace(found, warnings=tuple(dict.fromkeys(said)))
 
 
 def fingerprint_of(facts: Facts, config: LabelConfig, precision: str) -> dict[str, Any]:
