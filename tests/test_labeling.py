@@ -202,14 +202,15 @@ def _label_after(happens, data: str, out: str, bundle: str) -> None:
     """Label, with something that happens between planning and work."""
     from raycnn.config import LabelConfig, make
     from raycnn.labeling import run as labeling
+    from raycnn.labeling.facts import read_facts
     from raycnn.shards import open_collection
 
     config = make(LabelConfig, {"data": data, "out": out, "bundle": bundle})
-    run = labeling._LabelRun(config, bundles.load(bundle), open_collection(data), lambda event: None)
+    run = labeling._LabelRun(config, read_facts(bundle), open_collection(data), lambda event: None)
     run.plans()
     happens()
-    config, loaded, collection = run._config, run._bundle, open_collection(data)
-    labeling._LabelRun(config, loaded, collection, lambda event: None).run(0.0)
+    config, facts, collection = run._config, run._facts, open_collection(data)
+    labeling._LabelRun(config, facts, collection, lambda event: None).run(0.0)
 
 
 def test_an_output_inside_its_input_is_refused(tmp_path, bundle):
