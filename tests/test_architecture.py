@@ -97,6 +97,7 @@ def test_a_module_imports_only_from_layers_below(name):
     assert not [w for file in modules()[name] for w in violations(name, imported(file))]
 
 
+@pytest.mark.slow
 def test_every_allowed_import_inside_a_layer_is_made():
     made = {(name, own(target)) for name, files in modules().items() for file in files for target in imported(file)}
     assert {pair for pair in WITHIN if pair not in made} == set()

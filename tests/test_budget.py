@@ -44,6 +44,7 @@ NODES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(nodes=NODES, num_workers=st.integers(1, 9), use_gpu=st.booleans(), seed=st.integers(0, 99))
 def test_training_workers_and_their_decode_tasks_fit_on_the_nodes_wherever_ray_puts_them(
     nodes, num_workers, use_gpu, seed
@@ -147,6 +148,7 @@ def test_what_the_autoscaler_of_cluster_yaml_may_add_is_known_on_its_head(tmp_pa
     assert plan_units("pack", cluster(0), found, 1000).workers == found.cpus
 
 
+@pytest.mark.slow
 @given(nodes=NODES, models=st.integers(1, 4), replicas=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_replicas_of_all_models_fit_on_the_nodes(nodes, models, replicas, seed):
     limit, wanted = cluster(*nodes), models * replicas

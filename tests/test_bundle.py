@@ -325,6 +325,7 @@ def test_a_torchvision_model_is_imported_with_the_names_of_imagenet(weights, tmp
         assert torch.allclose(loaded.classifier(batch), twin(batch), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_import_with_own_names_and_safetensors_and_again_by_the_same_command(tmp_path):
     model = build("classic", 3, ImageSpec(height=32, width=32), seed=1)
     save_file(model.net.state_dict(), tmp_path / "w.safetensors")

@@ -359,6 +359,7 @@ def python(code: str, *argv: str, **environment: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["--help", "train --help", "--version", "trian"])
 def test_help_and_mistakes_need_neither_torch_nor_ray(line: str):
     code = (
@@ -383,6 +384,7 @@ def test_help_takes_at_most_half_a_second_of_a_cpu():
     assert any(seconds() <= 0.5 for _ in range(8))  # the rest of the tests runs beside it
 
 
+@pytest.mark.slow
 def test_the_installed_command_lists_every_verb():
     done = subprocess.run(
         [Path(sys.executable).with_name("raycnn"), "--help"], capture_output=True, text=True, timeout=60, check=True
@@ -431,6 +433,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_gone_costs_neither_a_traceback_nor_the_exit_code():
     reader, writer = os.pipe()
     os.close(reader)

@@ -97,6 +97,7 @@ def test_a_decode_task_that_is_done_again_gives_the_blocks_that_ray_has_got_of_i
     assert other == [[1] * 44]
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_model_is_no_label():
     one = Predictions(np.array([[0], [1]]), np.array([[0.5], [np.nan]], np.float32))
     with pytest.raises(BundleError, match=r"b\.jpg: the model's numbers overflow"):

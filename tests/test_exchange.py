@@ -110,6 +110,7 @@ def test_labels_that_have_grown_add_files_and_a_new_place_gets_all_in_one(photos
     assert raycnn.export(out, str(tmp_path / "anew")).files == 1
 
 
+@pytest.mark.slow
 def test_embeddings_are_a_column_where_they_are_asked_for(photos, tmp_path):
     out, dst = str(tmp_path / "labels"), str(tmp_path / "exported")
     make_labels(photos, out, embeddings=True)

@@ -102,6 +102,7 @@ def walk(gray: Bundle) -> Pixels:
     return decoded(feature_maps_picture(gray, photo(GRAY), "cat"))
 
 
+@pytest.mark.slow
 def test_every_learned_kernel_is_shown_once_in_order_and_true_to_its_numbers(gray: Bundle):
     kernels = first_filters(gray.classifier).numpy()
     _, *shown = tiles(decoded(filters_picture(gray)))  # the first is the colour scale
@@ -113,6 +114,7 @@ def test_every_learned_kernel_is_shown_once_in_order_and_true_to_its_numbers(gra
     assert not shows(colours[::-1], kernels[:, 0])
 
 
+@pytest.mark.slow
 def test_kernels_that_look_at_colours_are_shown_in_their_colours(tmp_path):
     bundle = saved(str(tmp_path), ("ant", "bee"), RGB)
     kernels = first_filters(bundle.classifier).numpy()
@@ -124,6 +126,7 @@ def test_kernels_that_look_at_colours_are_shown_in_their_colours(tmp_path):
         assert (np.sign(away_from_gray) == np.sign(kernel.transpose(1, 2, 0)))[strong].all()
 
 
+@pytest.mark.slow
 def test_the_way_through_classic_shows_the_maps_of_every_layer(gray: Bundle, walk: Pixels):
     maps = feature_maps(gray.classifier, torch.from_numpy(PHOTO)[None, ..., None])
     assert list(maps) == CHAIN

@@ -499,6 +499,7 @@ def test_random_boxes_vary_in_place_size_and_shape_within_their_bounds():
     assert len({tuple(box) for box in boxes.tolist()}) == 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [250, 500, 1000])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_large_jpeg_is_decoded_smaller_with_nearly_the_same_pixels(side, orientation):
@@ -531,6 +532,7 @@ def test_pixels_do_not_depend_on_the_number_of_threads():
     assert len(set(results)) == 1
 
 
+@pytest.mark.slow
 def test_reading_and_decoding_need_no_torch():
     program = """
 import sys

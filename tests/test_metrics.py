@@ -54,6 +54,7 @@ def test_top5_counts_labels_among_the_five_highest():
     assert counted(logits, labels).accuracy_top5 == expected / len(labels)
 
 
+@pytest.mark.slow
 def test_parts_counted_apart_add_up_to_the_whole():
     logits, labels = draw()
     whole = counted(logits, labels)

@@ -118,6 +118,7 @@ def test_mean_and_std_are_not_among_the_weights():
     assert not {"mean", "std"} & {key.rpartition(".")[2] for key in models.build("classic", 4, spec()).state_dict()}
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_convolutional_head_are_means_of_its_maps():
     shape = spec(32, 32, 3)
     classifier, maps = models.build("squeezenet1_1", 3, shape, seed=0).eval(), []
@@ -173,6 +174,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(name, told):
         models.build(name, 3, spec())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("maxvit_t", 100), ("vit_b_32", 60)])
 def test_an_image_size_that_an_architecture_cannot_take_is_said_before_training(name, size):
     with pytest.raises(ConfigError, match=f"{name} cannot take images of {size} x {size} px") as caught:
@@ -310,6 +312,7 @@ def test_published_weights_that_cannot_be_downloaded_name_their_source_and_the_w
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_unknown_published_name_is_refused_with_those_there_are():
     with pytest.raises(ConfigError, match="IMAGENET1K_V2"):
         models.build("resnet50", 3, spec(32, 32, 3), "IMAGENET1K_V3")

@@ -63,6 +63,7 @@ def test_the_console_examples_print_what_the_readme_shows(capfd: pytest.CaptureF
     assert verbs["label"] == 2
 
 
+@pytest.mark.slow
 def test_every_other_command_is_one_that_the_command_line_takes(monkeypatch: pytest.MonkeyPatch):
     seen: list[str] = []
     monkeypatch.setattr(cli, "_call", lambda function, settings: seen.append(settings.verb))

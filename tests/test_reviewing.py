@@ -47,6 +47,7 @@ def review(out: Path, dst: Path, **options: int) -> tuple[ReviewReport, list[dic
         return report, list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_least_sure_of_every_class_are_picked_and_the_classes_take_turns(photos, tmp_path):
     make_labels(photos, str(tmp_path / "labels"))
     report, lines = review(tmp_path / "labels", tmp_path / "review", count=9)
@@ -61,6 +62,7 @@ def test_the_least_sure_of_every_class_are_picked_and_the_classes_take_turns(pho
     assert [{line["label"] for line in lines[i : i + 3]} for i in (0, 3, 6)] == [set(CLASSES)] * 3
 
 
+@pytest.mark.slow
 def test_what_the_model_abstained_from_comes_first(photos, tmp_path):
     make_labels(photos, str(tmp_path / "labels"), abstain=0.5)
     abstained = {r["key"] for r in labelled(tmp_path / "labels") if r["class_name"] is None}
@@ -72,6 +74,7 @@ def test_what_the_model_abstained_from_comes_first(photos, tmp_path):
     assert report.abstained >= turns * len(best)
 
 
+@pytest.mark.slow
 def test_the_images_are_those_of_the_collection(photos, tmp_path):
     make_labels(photos, str(tmp_path / "labels"))
     _, lines = review(tmp_path / "labels", tmp_path / "review", count=20)
@@ -95,6 +98,7 @@ def tar(folder: Path) -> None:
             file.addfile(info, io.BytesIO(png(i)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [parquet, tar])
 def test_images_inside_of_larger_objects_are_found(source, tmp_path):
     (tmp_path / "data").mkdir()
@@ -134,6 +138,7 @@ def _number(line: dict[str, str]) -> int:
     return int(Path(line["key"]).stem)
 
 
+@pytest.mark.slow
 def test_the_contact_sheet_shows_every_image(photos, tmp_path):
     make_labels(photos, str(tmp_path / "labels"))
     _, lines = review(tmp_path / "labels", tmp_path / "review", count=10)
@@ -149,6 +154,7 @@ def test_the_contact_sheet_shows_every_image(photos, tmp_path):
     assert (pixels[-40:] == 255).all()
 
 
+@pytest.mark.slow
 def test_images_that_are_gone_or_changed_are_left_out_and_counted(photos, tmp_path):
     make_labels(photos, str(tmp_path / "labels"))
     _, lines = review(tmp_path / "labels", tmp_path / "before", count=10)

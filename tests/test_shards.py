@@ -261,6 +261,7 @@ def test_a_split_that_is_not_there_is_refused_by_name(tmp_path):
         samples(write(tmp_path, {"a.png": png(1)}), "test")
 
 
+@pytest.mark.slow
 def test_units_stay_within_their_rows_and_bytes():
     slices = [Slice(str(i), str(i), 1, "", 0, 1, 0, 1, -1) for i in range(100_000)]
     sizes = [len(unit) for unit in units(slices)]

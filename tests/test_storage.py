@@ -217,6 +217,7 @@ def test_what_lies_behind_millions_of_images_on_one_level_is_seen_soon(
     assert len(files) < 30_000
 
 
+@pytest.mark.slow
 def test_class_folders_are_all_seen_however_many_files_lie_beside_them(monkeypatch: pytest.MonkeyPatch):
     keys = {f"{n:05}.json" for n in range(12_000)} | {f"c{n:04}/x.jpg" for n in range(2_500)}
     folders, _, _ = looked_at(keys, monkeypatch)
@@ -283,6 +284,7 @@ def test_ranges_come_in_the_order_asked_for(store: Store):
         store.get_ranges("big", [(11_999_999, 2)])
 
 
+@pytest.mark.slow
 def test_a_large_file_is_uploaded_whole(store: Store, tmp_path: Path):
     data = random.Random(0).randbytes(34 * 1024 * 1024)
     file = tmp_path / "large"
@@ -465,6 +467,7 @@ def test_a_failing_server_is_not_taken_for_another_region(odd: OddServer, monkey
         store.get("x")
 
 
+@pytest.mark.slow
 def test_no_password_is_told(monkeypatch: pytest.MonkeyPatch):
     store = open_store("s3://bucket/in")
     for endpoint in ("http://user:HUSH@127.0.0.1:1", "user:HUSH@127.0.0.1:1"):
@@ -499,6 +502,7 @@ def test_options_of_the_url_decide_who_asks_and_who_pays(odd: OddServer):
     assert all(headers["x-amz-request-payer"] == "requester" for headers in asked["?requester_pays"])
 
 
+@pytest.mark.slow
 def test_an_unreachable_endpoint_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch):
     at(monkeypatch, "http://127.0.0.1:1")
     store = open_store("s3://bucket/in")
@@ -683,6 +687,7 @@ def test_a_local_store_says_what_is_wrong_in_one_line(tmp_path: Path):
     assert list(open_store(tmp_path / "none").list()) == []
 
 
+@pytest.mark.slow
 def test_a_write_that_was_killed_leaves_nothing_that_is_listed(tmp_path: Path):
     script = (
         "import os, sys, raycnn.storage.local as local\n"
@@ -721,6 +726,7 @@ assert [p for p in folder.rglob("*") if p.is_file()] == [folder / "key"]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["size limit", "tmpfs"])
 def test_a_full_disk_leaves_the_old_object_and_nothing_half_written(how: str, tmp_path: Path):
     folder = tmp_path / "disk"
@@ -809,6 +815,7 @@ def listeners(pid: int) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_missing_server_program_is_told_with_the_command_that_installs_it(tmp_path: Path):
     script = "from raycnn.s3local import S3Server\nS3Server().__enter__()"
     bare = tmp_path / "python"
