@@ -35,10 +35,6 @@ nothing to do for 0.2 s and more. Of what is left 3/4 are handed out in equal ba
 the rest, and so on (Hummel et al. 1992, "Factoring"), so that all end at about the same time; and never more than 32
 items at once."""
 
-QUEUED = 2
-"""Batches that wait in Ray for a worker, which so gets its next one at once: Ray Data looks only every 0.1 s for tasks
-that have ended."""
-
 MAX_DEATHS = 8
 """Processes that may die over one batch: Ray itself would start another one for ever. Nodes that leave count, too."""
 
@@ -77,14 +73,13 @@ def map_units(
         for rows in waves(items, plan.workers):
             items_read = dataset(rows)
             items_read.context.target_max_block_size = 1  # so that each result comes when it is there
-            options: dict[str, Any] = {"batch_size": 1, "batch_format": "numpy"}
+            options: dict[str, Any] = {"num_cpus": plan.cpus, "batch_size": 1, "batch_format": "numpy"}
             made = {"worker": worker, "arguments": json.dumps(arguments), "run": run}
             if plan.gpus:
                 mapped = items_read.map_batches(
                     BatchActor,
                     fn_constructor_kwargs=made,
                     compute=actors(plan.min_workers, plan.workers),
-                    num_cpus=plan.cpus,
                     num_gpus=plan.gpus,
                     **options,
                 )
@@ -92,10 +87,7 @@ def map_units(
                 mapped = items_read.map_batches(
                     cast(Any, _work_in_task),
                     fn_kwargs=made,
-                    compute=tasks(plan.workers + QUEUED),
-                    # Ray Data hands out what fits by the first figure, Ray runs what fits by the second.
-                    num_cpus=math.floor(1e4 * plan.cpus * plan.workers / (plan.workers + QUEUED)) / 1e4,
-                    ray_remote_args_fn=lambda: {"num_cpus": plan.cpus},
+                    compute=tasks(plan.workers),
                     **options,
                 )
             with user_errors(), Waiting(say) as waiting:
