@@ -42,7 +42,7 @@ def test_killed_workers_and_a_killed_driver_lose_nothing_and_double_nothing(run:
     assert str(chaos.proven(run)) == "expected 600, present 600, lost 0, duplicate 0, foreign 0, altered 0"
     redone = run.redone()
     assert redone.put == 1  # what was stored without an answer is not done again
-    assert redone.read <= redone.in_flight
+    assert redone.read <= min(redone.in_flight, 3)  # of each of two workers a unit and the next, without the stored one
     assert redone.finished == 0
 
 

@@ -31,9 +31,9 @@ submitted all."""
 MAX_BATCH = 32
 FIRST_SHARE = 0.75
 """Items that one worker gets at once, so that it reads the next while it works on one: between two batches it has
-nothing to do for 0.2 s and more. Of what is left 3/4 are handed out in equal batches, one to each worker, then 3/4 of
-the rest, and so on (Hummel et al. 1992, "Factoring"), so that all end at about the same time; and never more than 32
-items at once."""
+nothing to do until Ray Data looks again. Of what is left 3/4 are handed out in equal batches, one to each worker, then
+3/4 of the rest, and so on (Hummel et al. 1992, "Factoring"), so that all end at about the same time; and never more
+than 32 items at once."""
 
 MAX_DEATHS = 8
 """Processes that may die over one batch: Ray itself would start another one for ever. Nodes that leave count, too."""
@@ -71,8 +71,7 @@ def map_units(
     """
     with run_name() as run:
         for rows in waves(items, plan.workers):
-            items_read = dataset(rows)
-            items_read.context.target_max_block_size = 1  # so that each result comes when it is there
+            items_read = dataset(rows, block_bytes=1)  # so that each result comes when it is there
             options: dict[str, Any] = {"num_cpus": plan.cpus, "batch_size": 1, "batch_format": "numpy"}
             made = {"worker": worker, "arguments": json.dumps(arguments), "run": run}
             if plan.gpus:
@@ -109,11 +108,14 @@ def waves(items: Sequence[dict[str, Any]], workers: int) -> Iterator[list[dict[s
         yield rows[start : start + MAX_BLOCKS]
 
 
-def dataset(rows: list[dict[str, Any]]) -> "ray.data.Dataset":
-    """A dataset of which each row is a block, and so a task."""
+def dataset(rows: list[dict[str, Any]], block_bytes: int | None = None) -> "ray.data.Dataset":
+    """A dataset of which each row is a block, and so a task; what is made of it is cut into blocks of `block_bytes`."""
     import ray.data
 
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
+    made = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if block_bytes is not None:
+        made.context.target_max_block_size = block_bytes
+    return made
 
 
 def tasks(count: int) -> "ray.data.TaskPoolStrategy":

@@ -9,7 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, cast
 
 import numpy as np
@@ -42,9 +42,9 @@ def label_staged(
     arguments = arguments | {"device": "cuda" if plan.actor_gpus else "cpu"}
     made = json.dumps(arguments)
     refs = {ref.unit: ref for ref in (UnitRef(**item) for item in items)}
-    with run_name() as run, _small_blocks(), closing(_Gather(arguments, refs)) as gather:
+    with run_name() as run, closing(_Gather(arguments, refs)) as gather:
         for rows in waves(items, plan.tasks):
-            decoded = dataset(rows).map_batches(
+            decoded = dataset(rows, BLOCK_BYTES).map_batches(
                 cast(Any, _decode_in_task),
                 fn_kwargs={"arguments": made, "run": run},
                 num_cpus=plan.task_cpus,
@@ -66,19 +66,6 @@ def label_staged(
                     waiting.moved()
                     yield from gather.add(cast(Block, block))
                 yield from gather.rest()
-
-
-@contextmanager
-def _small_blocks() -> Iterator[None]:
-    """A block holds BLOCK_BYTES; afterwards what it did before, for whatever else this process does with Ray Data."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    before, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
-    try:
-        yield
-    finally:
-        context.target_max_block_size = before
 
 
 class UnitDecoder:

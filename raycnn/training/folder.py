@@ -90,6 +90,14 @@ def claim(store: Store, config: TrainConfig, packed: PackedCollection) -> int:
     return lanes
 
 
+def resume_at(marker: dict[str, Any] | None) -> Cursor:
+    """Where a run with this checkpoint goes on."""
+    if marker is None:
+        return Cursor(0, 0)
+    is_within = marker["accuracy_top1"] is None
+    return Cursor(marker["epoch"], marker["step"]) if is_within else Cursor(marker["epoch"] + 1, 0)
+
+
 class Checkpoints:
     """Three slots below `checkpoints/`; a checkpoint never overwrites the last or the best one.
 
@@ -174,14 +182,6 @@ class Checkpoints:
 
 def _marker(slot: int) -> str:
     return f"slot-{slot}.json"
-
-
-def resume_at(marker: dict[str, Any] | None) -> Cursor:
-    """Where a run with this checkpoint goes on."""
-    if marker is None:
-        return Cursor(0, 0)
-    is_within = marker["accuracy_top1"] is None
-    return Cursor(marker["epoch"], marker["step"]) if is_within else Cursor(marker["epoch"] + 1, 0)
 
 
 def _tensors(slot: int) -> str:

@@ -147,14 +147,13 @@ class _Run:
         save_within: Callable[[int, int, list[float]], None],
     ) -> dict[str, Any]:
         """What is left of an epoch, and its line; `counts` is what an earlier process had counted of it."""
-        epoch, start, rows = first.epoch, time.perf_counter(), 0
+        epoch, start, rows_before = first.epoch, time.perf_counter(), counts[1]
         for step in range(first.step, self._steps):
             taken = next(batches)
             loss, count = trainer.step(_to_torch(taken), epoch * self._steps + step)
-            rows += count
             found = [loss, count, taken.unlabelled, *(sum(f.status == word for f in taken.failures) for word in Status)]
             counts = [a + b for a, b in zip(counts, found, strict=True)]
-            self._post_step(epoch, step, rows, start)
+            self._post_step(epoch, step, int(counts[1] - rows_before), start)
             if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < self._steps:
                 so_far = self._sum(counts)
                 self._skipped(so_far)
@@ -162,14 +161,13 @@ class _Run:
                     save_within(epoch, step + 1, so_far)
         total, all_rows, *_ = everything = self._sum(counts)
         skipped = self._skipped(everything)
-        (rows_here,) = self._sum([float(rows)])
         seconds = time.perf_counter() - start
         return {
             "epoch": epoch,
             "step": (epoch + 1) * self._steps,
             "train/loss": total / max(1.0, all_rows),
             "lr": trainer.optimizer.param_groups[0]["lr"],
-            "images_per_s": rows_here / seconds,
+            "images_per_s": (all_rows - rows_before) / seconds,  # of rank 0, which alone knows the rows before
             "seconds": seconds,
             "skipped": skipped,
         }
