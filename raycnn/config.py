@@ -92,6 +92,22 @@ Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 """A share as a number from 0 to 1, or in percent: 0.05 or `5%`."""
 
 
+def _seconds(value: Any) -> Any:
+    """`15m` is 900."""
+    text = value.strip() if isinstance(value, str) else ""
+    factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    if factor is None:
+        return value
+    try:
+        return float(text[:-1]) * factor
+    except ValueError:
+        return value  # whose type is refused
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+"""Seconds, or a number with a unit: `90s`, `15m`, `2h`."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True, allow_inf_nan=False
@@ -184,36 +200,82 @@ class TrainConfig(VerbConfig):
     """`classic`, a torchvision classification model, or `timm/NAME`."""
     weights: str | None = None
     """Start from these weights: a .safetensors file, a state dict, or a torchvision weights name (DEFAULT)."""
+    freeze: bool = False
+    """Train the last layer only; all others keep the weights that the run started from."""
     image_size: int | Literal["auto"] = "auto"
     """Side of the model's input in px; auto: the images' own size if all are equal and at most 64, else 224."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training split."""
+    max_time: Duration | None = None
+    """Most time to train, such as `15m` or `2h`; the schedule is made to end then, epochs being the most of it."""
+    patience: int = Field(default=0, ge=0)
+    """Stop when the accuracy on validation has not risen for so many epochs; 0: never."""
     batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, over all workers together."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts that each worker cuts its share of a batch into, for want of memory; the step is one."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = Field(default=2e-3, gt=0)
-    """Peak of the schedule, which warms up linearly and then falls to zero as a cosine."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Weight decay; not applied to biases and normalisation."""
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "linear", "one-cycle"] = "cosine"
+    """How the learning rate falls to zero after its warm-up; one-cycle also lowers the momentum while the rate is
+    high, and raises the rate as a cosine."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of all steps in which the learning rate rises."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the learning rate from each block of layers to the one before it, so that the first ones, which know
+    most already, learn slowest; 1: all alike."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay; not applied to biases and normalisation."""
+    clip_norm: float = Field(default=0.0, ge=0)
+    """Longest gradient, as the norm over all weights, that a step follows; 0: any."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of the average of the weights that is evaluated and becomes the bundle; 0: the last weights."""
+    imbalance: Literal["none", "weights", "sampler", "logit-adjust"] = "none"
+    """For rare classes: weights makes each class count alike in the loss; sampler shows rare classes more often, and
+    frequent ones less; logit-adjust adds the logarithms of the classes' shares to the votes while training."""
     crop_scale: float = Field(default=0.8, gt=0, le=1)
     """Smallest share of an image that a random training box covers; 1 trains on the same box as evaluation."""
+    flip: bool = False
+    """Mirror every second image, left to right, by chance."""
+    shift: int = Field(default=0, ge=0, le=MAX_SIDE)
+    """Move images by up to so many px each way."""
+    augment: Literal["none", "trivial", "rand"] = "none"
+    """TrivialAugment, one random operation for an image, or RandAugment, two."""
+    erase: Share = 0.0
+    """Share of the images of which a random rectangle is erased."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Blend pairs of images; the parameter of the Beta distribution that the shares come from; 0: never."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Paste a rectangle of one image into another, likewise; with both each step takes one of the two by chance."""
+    start_size: int = Field(default=0, ge=0, le=MAX_SIDE)
+    """Side in px that training begins with, growing to the image size over two thirds of it; 0: no growth."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto: bfloat16 on GPUs, float32 on CPUs."""
+    compile: bool = False
+    """Compile the model with torch.compile; pays where a run is long."""
+    cache_gib: float = Field(default=8.0, ge=0)
+    """Decoded images that a node keeps on its disk in GiB, so that later epochs need not decode; 0, or too little for
+    the training split: none."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order and augmentation."""
     checkpoint_every: int = Field(default=1000, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one, too."""
     num_workers: int = Field(default=1, ge=1)
     """Training workers; one per GPU in production."""
+    min_workers: int = Field(default=0, ge=0)
+    """With how many workers to go on where the cluster has no room for all; 0: with all or none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has a GPU for every worker."""
     max_failures: int = Field(default=3, ge=0)
     """How often a dead worker is replaced before the run gives up."""
     max_bad: Share = 0.05
     """Share of unreadable training images above which the run stops; those without a label do not count."""
+    find_lr: bool = False
+    """Train nothing: try ever higher learning rates on a copy of the model, and leave find_lr.png and a suggestion."""
 
     @field_validator("image_size")  # Side among several types makes a message of several lines
     @classmethod
