@@ -284,6 +284,14 @@ class TrainConfig(VerbConfig):
             raise ValueError(f"choose auto, or 1 to {MAX_SIDE} px")
         return value
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
+        if self.freeze and self.weights is None:
+            raise ValueError("freeze needs weights to start from: without them all but the last layer stay random")
+        return self
+
 
 class EvaluateConfig(VerbConfig):
     """Count how a bundle does on labelled images: every row exactly once."""

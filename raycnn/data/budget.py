@@ -166,6 +166,22 @@ def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPla
     raise _too_few(num_workers, limit, gpus)
 
 
+def plan_elastic(most: int, limit: Resources, use_gpu: bool) -> TrainPlan:
+    """Shares for a number of workers that changes: whole CPUs, because Ray Train counts them by their floor.
+
+    A worker reserves all CPUs of its share and its decode tasks none: Ray Train starts as many workers as there is room
+    for, and where nodes have left, tasks with reservations of their own would find none.
+
+    Raises:
+        ConfigError: not even one worker fits.
+    """
+    gpus = 1.0 if use_gpu else 0.0
+    for cpus in range(max(1, int(limit.cpus / most)), 0, -1):
+        if limit.room(cpus, gpus) >= min(most, limit.room(1, gpus)) > 0:
+            return TrainPlan(cpus, gpus, max(1, cpus // 2), 0, cpus)
+    raise _too_few(1, limit, gpus)
+
+
 def plan_serving(models: int, replicas: int, limit: Resources) -> ServePlan:
     """One CPU for each replica of each model, and a GPU for each where there is one for all of them.
 

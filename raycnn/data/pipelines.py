@@ -216,7 +216,7 @@ def stream(
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
-        cpu=plan.tasks * plan.task_cpus, object_store_memory=FEED_MEMORY_BYTES
+        cpu=plan.tasks * plan.task_cpus or None, object_store_memory=FEED_MEMORY_BYTES
     )
     rows = [{"item": json.dumps(item)} for item in items]
     decoded = dataset(rows).map_batches(

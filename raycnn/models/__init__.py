@@ -8,7 +8,7 @@ is asked for.
 import contextlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class Classifier(nn.Module):
 
     _scale: Tensor
     _shift: Tensor
+    is_frozen = False
+    """Whether only the last layer learns."""
 
     def __init__(self, name: str, net: nn.Module, spec: ImageSpec, num_classes: int) -> None:
         """Wrap `net`, which takes normalised (N, C, H, W) floats; its key names stay its own."""
@@ -90,6 +92,21 @@ class Classifier(nn.Module):
         """Logits (N, num_classes) for uint8 pixels (N, H, W, C); float32 unless autocast says otherwise."""
         x = pixels.permute(0, 3, 1, 2).to(self._scale.dtype, memory_format=torch.channels_last)
         return self.net(x * self._scale - self._shift)
+
+    def freeze(self) -> None:
+        """From now on only the layer that casts the votes learns; all others, statistics too, stay as they are."""
+        self.is_frozen = True
+        self.requires_grad_(False)
+        self._head().requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, in which frozen layers predict."""
+        super().train(mode)
+        if self.is_frozen:
+            self.net.eval()
+            self._head().train(mode)
+        return self
 
     def votes_and_embeddings(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, num_classes) for uint8 pixels (N, H, W, C), and the embeddings (N, D) that decide them.

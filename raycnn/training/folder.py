@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 import torch
 import yaml
@@ -20,7 +21,20 @@ CONFIG, IDENTITY, DATA = "config.yaml", "run.json", "data"
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
 
-RESUMABLE = ("data", "run", "epochs", "num_workers", "device", "max_failures", "max_bad", "checkpoint_every")
+RESUMABLE = (
+    "data",
+    "run",
+    "epochs",
+    "max_time",
+    "patience",
+    "num_workers",
+    "min_workers",
+    "device",
+    "max_failures",
+    "max_bad",
+    "checkpoint_every",
+    "cache_gib",
+)
 """Settings that may differ when a run goes on; the others would make it another run. Data is known by its digest."""
 
 
@@ -64,11 +78,10 @@ def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> int 
             shown = ", ".join(f"{k} (was {found.get(k)!r}, now {wanted[k]!r})" for k in differing)
             raise ConfigError(f"{store.address()} holds a run with other settings: {shown}; use another run folder")
     lanes = int(identity["lanes"])
-    if lanes % config.num_workers:
-        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+    if config.num_workers > lanes:
         raise ConfigError(
             f"{store.address()}: {config.num_workers} workers cannot go on with this run, whose batches are made of "
-            f"{lanes} equal lanes: use --num-workers {fitting}"
+            f"{lanes} equal lanes: use --num-workers {lanes} or fewer"
         )
     return lanes
 
@@ -96,6 +109,18 @@ def resume_at(marker: dict[str, Any] | None) -> Cursor:
         return Cursor(0, 0)
     is_within = marker["accuracy_top1"] is None
     return Cursor(marker["epoch"], marker["step"]) if is_within else Cursor(marker["epoch"] + 1, 0)
+
+
+def ended(config: TrainConfig, lines: list[dict[str, Any]]) -> str | None:
+    """Why a run with these lines of metrics is over; None where it goes on."""
+    if len(lines) >= config.epochs:
+        return f"{len(lines)} epochs are done"
+    if config.max_time and lines and lines[-1].get("elapsed_s", 0.0) >= config.max_time:
+        return f"it has trained for --max-time {config.max_time:g} s"
+    accuracies = [line["metrics/accuracy_top1"] for line in lines]
+    if config.patience and accuracies and len(lines) - 1 - accuracies.index(max(accuracies)) >= config.patience:
+        return f"accuracy has not risen for --patience {config.patience} epochs"
+    return None
 
 
 class Checkpoints:
@@ -138,21 +163,20 @@ class Checkpoints:
             )
         return load_safetensors(content)
 
-    def save(self, tensors: dict[str, torch.Tensor], epoch: int, accuracy_top1: float | None, step: int = 0) -> None:
+    def save(self, tensors: dict[str, torch.Tensor], at: Cursor, accuracy_top1: float | None = None) -> None:
         """Write to the slot that is neither the last nor the best.
 
         Args:
             tensors: What the run goes on with.
-            epoch: The epoch that is done, or of which some steps are.
+            at: The epoch that is done, or of which some steps are.
             accuracy_top1: On validation; None within an epoch.
-            step: Steps that are done within the epoch.
         """
         taken = {m["slot"] for m in (self.last(), self.best()) if m}
         slot = next(s for s in range(SLOTS) if s not in taken)
         content = save_safetensors(tensors)
         self._store.put(_tensors(slot), content)
         digest = hashlib.sha256(content).hexdigest()
-        marker = {"slot": slot, "epoch": epoch, "step": step, "accuracy_top1": accuracy_top1, "sha256": digest}
+        marker = {"slot": slot, **at._asdict(), "accuracy_top1": accuracy_top1, "sha256": digest}
         self._store.put(_marker(slot), json.dumps(marker).encode())
         self._whole.add(digest)
 
@@ -186,6 +210,29 @@ def _marker(slot: int) -> str:
 
 def _tensors(slot: int) -> str:
     return f"slot-{slot}.safetensors"
+
+
+class Saving:
+    """Checkpoints written on a thread, while training goes on: one at a time, and none is left when this is closed."""
+
+    def __init__(self, store: Store) -> None:
+        """Below the run folder."""
+        self.checkpoints = Checkpoints(store)
+        self._thread, self._last = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
+        self._last.set_result(None)
+
+    def save(self, tensors: dict[str, torch.Tensor], at: Cursor, accuracy_top1: float | None = None) -> None:
+        """As `Checkpoints.save`, once the one before is written; raises what that has failed with."""
+        self._last.result()
+        self._last = self._thread.submit(self.checkpoints.save, tensors, at, accuracy_top1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._last.result()
 
 
 class History:

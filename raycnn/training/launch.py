@@ -22,6 +22,10 @@ ABORT_S = 5.0
 """How long Ctrl-C waits for the workers to be stopped in good order."""
 
 
+RESIZE_S = 60.0
+"""Between two looks whether there is room for more workers, which begin at the last checkpoint."""
+
+
 class Policy(DefaultFailurePolicy):
     """Replaces workers that died, up to `max_failures`; what a user has to mend would only fail again."""
 
@@ -58,13 +62,17 @@ def launch(
     work: Callable[[dict[str, Any]], None], arguments: dict[str, Any], config: TrainConfig, plan: data.TrainPlan
 ) -> None:
     """Run `work(arguments)` on every training worker, to its end."""
+    workers = (config.min_workers, config.num_workers) if config.min_workers else config.num_workers
     per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
     with scratch_folder() as scratch:
         trainer = _Trainer(
             work,
             train_loop_config=arguments,
             scaling_config=ScalingConfig(
-                num_workers=config.num_workers, use_gpu=plan.worker_gpus > 0, resources_per_worker=per_worker
+                num_workers=workers,
+                use_gpu=plan.worker_gpus > 0,
+                resources_per_worker=per_worker,
+                elastic_resize_monitor_interval_s=RESIZE_S,
             ),
             # Our checkpoints lie in the run folder; Ray Train's own state is of no use to a later process.
             run_config=RunConfig(

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from raycnn.models import Classifier, build
 from raycnn.shards import PackedCollection, open_collection
 from raycnn.shards.order import Cursor, epoch_pieces, first_rows, step_counts, steps_per_epoch
 from raycnn.storage import open_store
-from raycnn.training.folder import Checkpoints, History, TensorBoard, resume_at
+from raycnn.training.folder import Checkpoints, History, Saving, TensorBoard, ended, resume_at
 
 PIECE_BYTES = 96 * MIB
 """Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
@@ -29,7 +29,10 @@ STREAM_PIECES = (64, 512)
 """Pieces that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
 pass before the first is decoded; so the first step does not wait long, and later executions are rare."""
 PROGRESS_S = 0.5
-COUNTS = "counts"
+PREEMPTION_S = 2.0
+"""Between two questions whether a node is about to be taken away; each is a barrier of all ranks."""
+COUNTS, ELAPSED, VALIDATION = "counts", "elapsed_s", "validation"
+"""Tensors of a checkpoint beside those of the trainer."""
 NO_COUNTS = [0.0] * (3 + len(Status))
 """Of an epoch, over all ranks: the sum of the losses, trained rows, rows without a label, bad ones of each status."""
 SELFTEST_IMAGES = 8
@@ -60,6 +63,11 @@ def work(arguments: dict[str, Any]) -> None:
         assert isinstance(packed, PackedCollection)
         spec = ImageSpec(**arguments["spec"])
         classifier = build(config.model, len(packed.class_names), spec, config.weights, seed=config.seed)
+        classifier = classifier.to(device, memory_format=torch.channels_last)
+        if config.freeze:
+            classifier.freeze()
+        if config.compile:
+            classifier.compile()
         model = prepare_model(classifier)
         run = _Run(config, packed, spec, arguments["lanes"], plan, arguments["board"])
         run.train(classifier, model)
@@ -94,39 +102,43 @@ class _Run:
         self._steps = steps_per_epoch(self._rows, config.batch_size)
         self._piece_rows = max(1, PIECE_BYTES // (spec.height * spec.width * spec.channels))
         self._val: list[loop.Batch] | None = None
-        self._last_post = 0.0
+        self._last_post = self._last_look = 0.0
+        self._began = time.perf_counter()
+        self._first_step_at: float | None = None
+        self._leaving: set[str] = set()
 
     def train(self, classifier: Classifier, model: torch.nn.Module) -> None:
         """Run the epochs that are left."""
-        trainer = loop.Trainer(model, self._config, self._steps * self._config.epochs)
-        checkpoints = Checkpoints(self._store)
-        first, counts = self._resume(checkpoints, classifier, trainer)
+        per_class = self._packed.counts("train")
+        trainer = loop.Trainer(
+            classifier,
+            self._config,
+            self._steps * self._config.epochs,
+            model,
+            [per_class.get(name, 0) for name in self._packed.class_names],
+        )
+        with Saving(self._store) as saving:
+            first, counts = self._resume(saving.checkpoints, trainer)
+            history = History(self._store)
+            history.cut(first.epoch)
+            batches = self._batches(first)
+            with TensorBoard(self._store, self.rank == 0, first.epoch * self._steps) as board:
+                is_over = ended(self._config, history.lines) is not None
+                while not is_over:
+                    line, metrics = self._epoch(first, counts, trainer, batches, saving)
+                    if self.rank == 0:
+                        history.add(line)
+                        board.add(line)
+                        saving.save(
+                            self._state(trainer) | {VALIDATION: metrics.to_vector()}, first, metrics.accuracy_top1
+                        )
+                        self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
+                    is_over = bool(
+                        self._sum([float(self.rank == 0 and ended(self._config, history.lines) is not None)])[0]
+                    )
+                    first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
 
-        def save_within(epoch: int, step: int, so_far: list[float]) -> None:
-            state = loop.pack_state(classifier, trainer.optimizer)
-            checkpoints.save(state | {COUNTS: torch.tensor(so_far, dtype=torch.float64)}, epoch, None, step)
-
-        history = History(self._store)
-        history.cut(first.epoch)
-        batches = self._batches(first)
-        with TensorBoard(self._store, self.rank == 0, first.epoch * self._steps) as board:
-            for epoch in range(first.epoch, self._config.epochs):
-                here = first if epoch == first.epoch else Cursor(epoch, 0)
-                line = self._epoch(here, counts, trainer, batches, save_within)
-                counts = list(NO_COUNTS)
-                metrics = loop.evaluate(classifier, self._val_batches(), len(self._packed.class_names))
-                if self.rank == 0:
-                    line |= {"metrics/accuracy_top1": metrics.accuracy_top1, "val/loss": metrics.loss}
-                    line |= {"metrics/accuracy_top5": metrics.accuracy_top5}
-                    state = loop.pack_state(classifier, trainer.optimizer) | {"validation": metrics.to_vector()}
-                    history.add(line)
-                    board.add(line)
-                    checkpoints.save(state, epoch, metrics.accuracy_top1)
-                    self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
-
-    def _resume(
-        self, checkpoints: Checkpoints, classifier: Classifier, trainer: loop.Trainer
-    ) -> tuple[Cursor, list[float]]:
+    def _resume(self, checkpoints: Checkpoints, trainer: loop.Trainer) -> tuple[Cursor, list[float]]:
         """Load the checkpoint that rank 0 finds, so that all ranks go on from one; where, and what it had counted."""
         last = checkpoints.last() if self.rank == 0 else None
         first = Cursor(*map(int, self._sum(list(map(float, resume_at(last))))))
@@ -135,8 +147,16 @@ class _Run:
             tensors = checkpoints.load(last or checkpoints.at(first))
             if first.step and self.rank == 0:  # they are those of all ranks
                 counts = tensors[COUNTS].tolist()
-            loop.unpack_state(tensors, classifier, trainer.optimizer)
+            trainer.restore(tensors)
+            self._began -= float(tensors[ELAPSED])
         return first, counts
+
+    def _state(self, trainer: loop.Trainer) -> dict[str, torch.Tensor]:
+        return trainer.state() | {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64)}
+
+    def _elapsed(self) -> float:
+        """Seconds that the run has trained, in this process and in those before it."""
+        return time.perf_counter() - self._began
 
     def _epoch(
         self,
@@ -144,33 +164,76 @@ class _Run:
         counts: list[float],
         trainer: loop.Trainer,
         batches: Iterator[data.FeedBatch],
-        save_within: Callable[[int, int, list[float]], None],
-    ) -> dict[str, Any]:
-        """What is left of an epoch, and its line; `counts` is what an earlier process had counted of it."""
+        saving: Saving,
+    ) -> tuple[dict[str, Any], Metrics]:
+        """What is left of an epoch, its line, and how the model does after it.
+
+        `counts` is what an earlier process had counted of it.
+        """
         epoch, start, rows_before = first.epoch, time.perf_counter(), counts[1]
+        trainer.clock.begin()
         for step in range(first.step, self._steps):
             taken = next(batches)
-            loss, count = trainer.step(_to_torch(taken), epoch * self._steps + step)
-            found = [loss, count, taken.unlabelled, *(sum(f.status == word for f in taken.failures) for word in Status)]
+            done = trainer.step(_to_torch(taken), epoch * self._steps + step, epoch, self._told())
+            self._first_step_at = self._first_step_at or time.time()
+            found = [sum(f.status == word for f in taken.failures) for word in Status]
+            found = [done.loss, done.rows, taken.unlabelled, *found]
             counts = [a + b for a, b in zip(counts, found, strict=True)]
             self._post_step(epoch, step, int(counts[1] - rows_before), start)
-            if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < self._steps:
+            if done.told.time_used >= 1:
+                break
+            is_due = (step + 1) % self._config.checkpoint_every == 0 or self._is_preempted(done.told)
+            if is_due and step + 1 < self._steps:
                 so_far = self._sum(counts)
                 self._skipped(so_far)
                 if self.rank == 0:
-                    save_within(epoch, step + 1, so_far)
+                    saving.save(self._state(trainer) | {COUNTS: torch.tensor(so_far)}, Cursor(epoch, step + 1))
+                trainer.clock.mark("checkpoint")
         total, all_rows, *_ = everything = self._sum(counts)
         skipped = self._skipped(everything)
         seconds = time.perf_counter() - start
-        return {
+        trainer.clock.begin()
+        metrics = loop.evaluate(trainer.evaluated, self._val_batches(), len(self._packed.class_names))
+        trainer.clock.mark("validation")
+        line = {
             "epoch": epoch,
-            "step": (epoch + 1) * self._steps,
+            "step": epoch * self._steps + step + 1,
             "train/loss": total / max(1.0, all_rows),
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "val/loss": metrics.loss,
+            "metrics/accuracy_top1": metrics.accuracy_top1,
+            "metrics/accuracy_top5": metrics.accuracy_top5,
+            "lr": loop.learning_rate(self._config, done.done),
             "images_per_s": (all_rows - rows_before) / seconds,  # of rank 0, which alone knows the rows before
             "seconds": seconds,
+            "elapsed_s": self._elapsed(),
+            "time": _shares(trainer.clock.take()),
             "skipped": skipped,
         }
+        if epoch == 0 and first.step == 0:
+            line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
+        return line, metrics
+
+    def _told(self) -> loop.Told:
+        """What rank 0 tells all others with a step; they say nothing."""
+        if self.rank:
+            return loop.Told()
+        used = self._elapsed() / self._config.max_time if self._config.max_time else 0.0
+        is_due = time.perf_counter() - self._last_look > PREEMPTION_S
+        if is_due:
+            self._last_look = time.perf_counter()
+        return loop.Told(used, float(is_due))
+
+    def _is_preempted(self, told: loop.Told) -> bool:
+        """Whether a node of this run is about to be taken away, as was not known before; asked by all ranks at once."""
+        import ray.train
+
+        if not told.looks:
+            return False
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) if info is not None else set[str]()
+        news = nodes - self._leaving
+        self._leaving |= news
+        return bool(news)
 
     def _skipped(self, counts: list[float]) -> dict[str, int]:
         """The images of an epoch that were not trained on, by reason; DataError where they are too many."""
@@ -259,8 +322,8 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
     assert last is not None
     assert best is not None
     tensors = checkpoints.load(best)
-    metrics = Metrics.from_vector(tensors.pop("validation"), len(packed.class_names))
-    loop.unpack_state(tensors, classifier)
+    metrics = Metrics.from_vector(tensors[VALIDATION], len(packed.class_names))
+    classifier.load_state_dict(loop.evaluated_weights(tensors))
     piece = next(packed.select("val", Counter()))
     samples = [s.encoded for s in packed.read([piece]) if s.encoded][: SELFTEST_IMAGES * 2]
     good = [s for s in samples if not isinstance(images.pixels(s, classifier.spec), Bad)][:SELFTEST_IMAGES]
@@ -278,6 +341,12 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
         samples=good,
         data_fingerprint=packed.digest,
     )
+
+
+def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of the time of an epoch and its validation, what went into each part of it."""
+    whole = sum(seconds.values()) or 1.0
+    return {name: round(spent / whole, 4) for name, spent in seconds.items()}
 
 
 def _to_torch(taken: data.FeedBatch) -> loop.Batch:

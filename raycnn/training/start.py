@@ -21,7 +21,7 @@ from raycnn.models import (
 )
 from raycnn.shards import Collection, PackedCollection, open_collection
 from raycnn.storage import Store, contains, open_store
-from raycnn.training.folder import DATA, Checkpoints, History, check_before_packing, claim, claimed, resume_at
+from raycnn.training.folder import DATA, Checkpoints, History, check_before_packing, claim, claimed, ended, resume_at
 from raycnn.training.rank import check_bad, work
 
 SMALL_SIDE = 64
@@ -59,22 +59,22 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     spec = image_spec(config, packed.manifest)
     claimed(store, config, packed)
     done = resume_at(Checkpoints(store).last()).epoch
-    if done < config.epochs or _bundle_epochs(store) < done:
+    if ended(config, History(store).lines[:done]) is None or _bundle_epochs(store) < done:
         _check_readable(config, packed)
         _fit(config, store, packed, spec, say)
-    return _report(store, max(done, config.epochs), done)
+    return _report(store, done)
 
 
-def _report(store: Store, epochs: int, resumed_at: int) -> TrainReport:
+def _report(store: Store, resumed_at: int) -> TrainReport:
     lines = History(store).lines
-    if _bundle_epochs(store) < epochs or not lines:
+    if not lines or _bundle_epochs(store) < len(lines):
         raise StorageError(
             f"{store.address()} lacks what the training workers should have left there; "
             "on several nodes the run folder has to be s3:// or a folder that all of them share"
         )
     return TrainReport(
         bundle=store.child("bundle").url,
-        epochs=epochs,
+        epochs=len(lines),
         steps=lines[-1]["step"],
         accuracy_top1=json.loads(store.get("bundle/config.json"))["metrics"]["accuracy_top1"],
         images_per_s=lines[-1]["images_per_s"],
@@ -185,9 +185,11 @@ def _fit(config: TrainConfig, store: Store, packed: PackedCollection, spec: Imag
     data.connect(say)
     _, limit = data.resources()
     use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= config.num_workers)
-    plan = data.plan_training(config.num_workers, limit, use_gpu)
+    planned = data.plan_elastic if config.min_workers else data.plan_training
+    plan = planned(config.num_workers, limit, use_gpu)
     share = "a GPU" if use_gpu else f"{plan.threads} CPU threads"
-    say({"kind": "note", "text": f"starting training workers: {config.num_workers}, with {share} each"})
+    count = f"{config.min_workers} to {config.num_workers}" if config.min_workers else config.num_workers
+    say({"kind": "note", "text": f"starting training workers: {count}, with {share} each"})
     arguments = {
         "config": config.model_dump(mode="json"),
         "data": packed.store.url,
