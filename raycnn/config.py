@@ -104,7 +104,7 @@ def _seconds(value: Any) -> Any:
         return value  # whose type is refused
 
 
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Duration = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 """Seconds, or a number with a unit: `90s`, `15m`, `2h`."""
 
 
@@ -206,8 +206,8 @@ class TrainConfig(VerbConfig):
     """Side of the model's input in px; auto: the images' own size if all are equal and at most 64, else 224."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training split."""
-    max_time: Duration | None = None
-    """Most time to train, such as `15m` or `2h`; the schedule is made to end then, epochs being the most of it."""
+    max_time: Duration = 0.0
+    """Most time to train, such as `15m` or `2h`; the schedule ends then, or after `epochs`; 0: any."""
     patience: int = Field(default=0, ge=0)
     """Stop when the accuracy on validation has not risen for so many epochs; 0: never."""
     batch_size: int = Field(default=64, ge=1)
@@ -306,6 +306,8 @@ class EvaluateConfig(VerbConfig):
     split: str = "auto"
     """train, val, test or all; auto: test if there is one, else val, else all."""
     exclude: Patterns = ()
+    flips: bool = False
+    """Count a second time, apart, by the mean of the votes of each image and of its mirror image."""
 
 
 class LabelConfig(VerbConfig):

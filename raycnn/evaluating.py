@@ -35,6 +35,8 @@ class EvaluateReport:
     split: str
     status: dict[str, int]
     unlabelled: int
+    with_flips: dict[str, float] | None = None
+    """Accuracies and loss by the mean of the logits of each image and of its mirror image, where it was asked for."""
 
 
 def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> EvaluateReport:
@@ -64,17 +66,24 @@ def evaluate(config: EvaluateConfig, progress: data.Progress | None = None) -> E
         "data": config.data,
         "class_names": list(collection.class_names),
         "device": "cuda" if plan.gpus else "cpu",
+        "flips": config.flips,
     }
-    metrics, status, unlabelled, done = Metrics(len(bundle.class_names)), Counter[str](), 0, 0
+    counted, status, unlabelled, done = _zeros(bundle, config.flips), Counter[str](), 0, 0
     for result in data.map_units(Evaluator, items, plan, arguments, say):
-        metrics.merge(Metrics.from_vector(_dense(result["counts"]), len(bundle.class_names)))
+        for metrics, counts in zip(counted, result["counts"], strict=True):
+            metrics.merge(Metrics.from_vector(_dense(counts), len(bundle.class_names)))
         status.update(result["status"])
         unlabelled += result["unlabelled"]
         done += result["rows"]
         say({"kind": "progress", "done": done, "total": total, "text": ""})
-    if not metrics.rows:
+    if not counted[0].rows:
         raise DataError(f"{config.data}: no labelled, readable image in split {split}; status: {dict(status)}")
-    return _report(metrics, bundle, split, status, unlabelled)
+    return _report(counted, bundle, split, status, unlabelled)
+
+
+def _zeros(bundle: bundles.Bundle, flips: bool) -> list[Metrics]:
+    """Of the images as they are, and then with their mirror images."""
+    return [Metrics(len(bundle.class_names)) for _ in range(1 + flips)]
 
 
 def _split(config: EvaluateConfig, collection: Collection) -> str:
@@ -84,8 +93,9 @@ def _split(config: EvaluateConfig, collection: Collection) -> str:
 
 
 def _report(
-    metrics: Metrics, bundle: bundles.Bundle, split: str, status: Counter[str], unlabelled: int
+    counted: list[Metrics], bundle: bundles.Bundle, split: str, status: Counter[str], unlabelled: int
 ) -> EvaluateReport:
+    metrics, *flipped = counted
     per_class = [{"class_name": n, **row} for n, row in zip(bundle.class_names, metrics.per_class(), strict=True)]
     return EvaluateReport(
         rows=metrics.rows,
@@ -98,15 +108,19 @@ def _report(
         split=split,
         status=dict(sorted(status.items())),
         unlabelled=unlabelled,
+        with_flips={"accuracy_top1": m.accuracy_top1, "accuracy_top5": m.accuracy_top5, "loss": m.loss}
+        if (m := next(iter(flipped), None))
+        else None,
     )
 
 
 class Evaluator:
     """Lives in one Ray worker: reads, decodes and predicts one unit after another, and returns its counts."""
 
-    def __init__(self, bundle: str, data: str, class_names: list[str], device: str) -> None:
+    def __init__(self, bundle: str, data: str, class_names: list[str], device: str, flips: bool) -> None:
         """Load the bundle, whose self-test runs here."""
         torch.set_num_threads(1)
+        self._flips = flips
         self._bundle = bundles.load(bundle)
         self._predictor = Predictor(self._bundle, device)
         self._collection = open_collection(data, tuple(class_names))
@@ -120,7 +134,7 @@ class Evaluator:
                 yield self._count_unit(item, decoder)
 
     def _count_unit(self, item: dict[str, Any], decoder: data.Decoder) -> dict[str, Any]:
-        metrics, status = Metrics(len(self._bundle.class_names)), Counter[str]()
+        counted, status = _zeros(self._bundle, self._flips), Counter[str]()
         slices = [Slice(*s) for s in item["slices"]]
         rows = unlabelled = 0
         pixels: list[np.ndarray] = []
@@ -134,15 +148,20 @@ class Evaluator:
                     pixels.append(made)
                     labels.append(self._labels[sample.label])
             if len(pixels) >= BATCH:
-                self._count(metrics, pixels, labels)
+                self._count(counted, pixels, labels)
                 pixels, labels = [], []
         if pixels:
-            self._count(metrics, pixels, labels)
-        counts = _sparse(metrics.to_vector())
+            self._count(counted, pixels, labels)
+        counts = [_sparse(metrics.to_vector()) for metrics in counted]
         return {"rows": rows, "status": dict(status), "unlabelled": unlabelled, "counts": counts}
 
-    def _count(self, metrics: Metrics, pixels: list[np.ndarray], labels: list[int]) -> None:
-        metrics.update(self._predictor.logits(np.stack(pixels)), torch.tensor(labels))
+    def _count(self, counted: list[Metrics], pixels: list[np.ndarray], labels: list[int]) -> None:
+        batch, truth = np.stack(pixels), torch.tensor(labels)
+        logits = self._predictor.logits(batch)
+        counted[0].update(logits, truth)
+        for metrics in counted[1:]:
+            mirrored = self._predictor.logits(np.ascontiguousarray(batch[:, :, ::-1]))
+            metrics.update((logits + mirrored) / 2, truth)
 
 
 def _sparse(vector: torch.Tensor) -> dict[str, Any]:

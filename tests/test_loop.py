@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raycnn import loop
 from raycnn.config import ImageSpec, TrainConfig, make
 from raycnn.errors import ConfigError, DataError
-from raycnn.loop import Batch, Trainer, evaluate
+from raycnn.loop import Batch, Told, Trainer, evaluate
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
 
@@ -35,11 +35,13 @@ def config(**more: Any) -> TrainConfig:
 def images(rows: int, seed: int = 0) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (rows, 8, 8, 1), dtype=torch.uint8, generator=draw)
-    return Batch(pixels, torch.randint(0, CLASSES, (rows,), generator=draw))
+    labels = torch.randint(0, CLASSES, (rows,), generator=draw)
+    return Batch(pixels, labels, torch.arange(rows) + 1000 * seed, torch.zeros(rows, dtype=torch.int64))
 
 
 def part(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch(batch.pixels[start:stop], batch.labels[start:stop])
+    pixels, labels, keys, lanes, _ = batch
+    return Batch(pixels[start:stop], labels[start:stop], keys[start:stop], lanes[start:stop])
 
 
 def classic() -> Classifier:
@@ -72,9 +74,9 @@ def several(rank: int, folder: Path) -> None:
         share = part(whole, start, start + shares[rank])
         for name, model in (("classic", classic()), ("restless", restless())):
             wrapped = DistributedDataParallel(model) if world > 1 else model
-            loss, count = Trainer(wrapped, config(), 10).step(share, 0)
+            done = Trainer(model, config(), 10, wrapped).step(share, 0, told=Told(0.25 * (rank == 0), 0.0))
             made |= {f"{name}.{k}": v for k, v in model.state_dict().items()}
-            made[f"{name}.loss"] = torch.tensor([loss, count], dtype=torch.float64)
+            made[f"{name}.loss"] = torch.tensor([done.loss, done.rows, done.done], dtype=torch.float64)
         made["restless.counts"] = evaluate(model, batches, CLASSES).to_vector()
         torch.save(made, folder / f"{world}-{rank}.pt")
         dist.destroy_process_group()
@@ -104,8 +106,10 @@ def test_evaluation_counts_every_row_once_on_any_number_of_processes(ranks, worl
 @pytest.mark.parametrize("world", SHARES)
 def test_a_step_is_that_of_the_whole_batch_however_it_is_spread(ranks, world):
     model = classic()
-    loss, count = Trainer(model, config(), 10).step(images(20, seed=1), 0)
-    assert sum(ranks[world, r]["classic.loss"] for r in range(world)).tolist() == pytest.approx([loss, count], rel=1e-5)
+    done = Trainer(model, config(), 10).step(images(20, seed=1), 0, told=Told(0.25, 0.0))
+    found = torch.stack([ranks[world, r]["classic.loss"] for r in range(world)])
+    assert found[:, :2].sum(0).tolist() == pytest.approx([done.loss, done.rows], rel=1e-5)
+    assert found[:, 2].tolist() == [0.25] * world == [done.done] * world
     for rank in range(world):
         for name, value in model.state_dict().items():
             torch.testing.assert_close(ranks[world, rank][f"classic.{name}"], value, rtol=1e-4, atol=1e-6)
@@ -134,9 +138,16 @@ def test_ranks_count_with_the_running_statistics_of_rank_0(ranks, world):
 # -- one process ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_resumed_run_goes_on_bit_for_bit(optimizer):
-    settings = config(optimizer=optimizer)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "sgd", "ema": 0.9, "schedule": "one-cycle"},
+        {"optimizer": "adamw", "flip": True, "shift": 2, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0},
+    ],
+)
+def test_a_resumed_run_goes_on_bit_for_bit(more):
+    settings = config(**more)
     through, stopped, resumed = restless(), restless(), restless()
     whole = Trainer(through, settings, 6)
     for step in range(6):
@@ -144,13 +155,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(optimizer):
     first = Trainer(stopped, settings, 6)
     for step in range(3):
         first.step(images(16, step), step)
-    stored = load(save(loop.pack_state(stopped, first.optimizer)))
+    stored = load(save(first.state()))
     torch.rand(7)  # a new process has drawn other numbers
     second = Trainer(resumed, settings, 6)
-    loop.unpack_state(stored, resumed, second.optimizer)
+    second.restore(stored)
     for step in range(3, 6):
         second.step(images(16, step), step)
-    expected, found = (loop.pack_state(m, t.optimizer) for m, t in ((through, whole), (resumed, second)))
+    expected, found = whole.state(), second.state()
     assert expected.keys() == found.keys()
     assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
 
@@ -158,20 +169,132 @@ def test_a_resumed_run_goes_on_bit_for_bit(optimizer):
 def test_dropout_differs_from_step_to_step_and_leaves_other_random_numbers_alone():
     model, batch, before = restless(), images(16), torch.get_rng_state()
     frozen = Trainer(model, config(learning_rate=1e-30), 10)
-    losses = [frozen.step(batch, step)[0] for step in (0, 1, 0)]
+    losses = [frozen.step(batch, step).loss for step in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     settings = config(learning_rate=1.0, warmup=0.1)
-    rates = [loop.learning_rate(settings, step, 100) for step in range(100)]
-    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
-    assert rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5)
+    rates = [loop.learning_rate(settings, (step + 0.5) / 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([k / 10 - 0.05 for k in range(1, 11)])
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert loop.learning_rate(settings, 0.1) == 1.0
+    assert loop.learning_rate(settings, 0.55) == pytest.approx(0.5)
     assert 0 < rates[-1] < 0.001
-    assert loop.learning_rate(config(learning_rate=1.0), 0, 1) == 1.0
+    straight = config(learning_rate=1.0, schedule="linear", warmup=0.1)
+    assert [loop.learning_rate(straight, d) for d in (0.05, 0.1, 0.325, 1)] == pytest.approx([0.5, 1, 0.75, 0])
+
+
+def test_one_cycle_lowers_the_momentum_while_the_rate_is_high():
+    settings = config(learning_rate=1.0, schedule="one-cycle", warmup=0.25)
+    assert [loop.learning_rate(settings, d) for d in (0, 0.125, 0.25, 1)] == pytest.approx([0.04, 0.52, 1, 0])
+    assert [loop.momentum(settings, d) for d in (0.25, 1)] == pytest.approx([0.85, 0.95])
+    trainer = Trainer(classic(), settings, 4)
+    trainer.step(images(8), 0)
+    assert [g["momentum"] for g in trainer.optimizer.param_groups] == [pytest.approx(0.898)] * 2
+
+
+def test_a_run_that_has_a_time_ends_its_schedule_then():
+    trainer = Trainer(classic(), config(warmup=0, learning_rate=1.0), 1000)
+    assert trainer.step(images(8), 0, told=Told(0.5, 0)).done == 0.5
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+    assert trainer.step(images(8), 900, told=Told(0.5, 0)).done == pytest.approx(0.9005)  # whichever comes first
+
+
+def test_an_accumulated_step_is_that_of_the_whole_batch():
+    whole, parts = classic(), classic()
+    for model, count in ((whole, 1), (parts, 3)):
+        Trainer(model, config(accumulate=count, clip_norm=0.1), 4).step(images(20), 0)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_clipped_step_is_as_long_as_the_longest_gradient_at_most():
+    model = classic()
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = config(clip_norm=0.01, learning_rate=1.0, weight_decay=0.0)
+    Trainer(model, settings, 10**6).step(images(20), 0)
+    moved = sum(((p - q) ** 2).sum() for p, q in zip(model.parameters(), before, strict=True)).sqrt()
+    assert moved.item() == pytest.approx(1.9 * 0.01, rel=1e-3)  # Nesterov's first step is 1 + 0.9 times the gradient
+
+
+def test_the_average_is_what_is_evaluated_and_lags_behind_the_weights():
+    model = restless()
+    trainer = Trainer(model, config(ema=0.5), 10)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer.step(images(16), 0)
+    for name, value in trainer.evaluated.state_dict().items():
+        if value.is_floating_point():  # at first the average takes nine tenths of the new weights
+            torch.testing.assert_close(value, start[name] + 0.9 * (model.state_dict()[name] - start[name]))
+    assert trainer.evaluated is not model
+    assert Trainer(model, config(), 10).evaluated is model
+
+
+def test_a_frozen_model_learns_in_its_last_layer_only():
+    model = restless()
+    model.freeze()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = Trainer(model, config(), 10)
+    for step in range(2):
+        model.train()
+        trainer.step(images(16), step)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"net.5.weight", "net.5.bias"}
+
+
+def test_layers_near_the_image_learn_slower():
+    model = classic()
+    trainer = Trainer(model, config(layer_decay=0.5), 10)
+    scale = {id(p): g["scale"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    scales = [scale[id(p)] for name, p in model.named_parameters() if name.endswith("weight")]
+    assert scales == sorted(scales)
+    assert scales[-1] == 1.0
+    assert scales[0] < scales[-1]
+
+
+def test_rare_classes_count_more():
+    labels = torch.tensor([0] * 90 + [1] * 9 + [2])
+    batch = Batch(images(100).pixels, labels, torch.arange(100), torch.zeros(100, dtype=torch.int64))
+    by_weights = Trainer(classic(), config(imbalance="weights"), 10, class_counts=[90, 9, 1])
+    usual = Trainer(classic(), config(), 10).step(batch, 0).loss
+    assert by_weights.step(batch, 0).loss == pytest.approx(usual, rel=0.5)  # the weights are 1 on average
+    single = Batch(batch.pixels[-1:], labels[-1:], batch.keys[-1:], batch.lanes[-1:])
+    ratio = [
+        Trainer(classic(), config(imbalance=kind), 10, class_counts=[90, 9, 1]).step(single, 0).loss
+        for kind in ("none", "weights", "logit-adjust")
+    ]
+    assert ratio[1] == pytest.approx(ratio[0] * 100 / 3, rel=1e-5)
+    assert ratio[2] > ratio[0]
+
+
+def test_progressive_resizing_begins_small_and_ends_at_the_full_size():
+    model = build("resnet18", CLASSES, ImageSpec(height=224, width=224), seed=0)
+    settings = config(start_size=128)
+    sides = [loop.training_size(settings, model, d / 100)[0] for d in range(101)]
+    assert sides[0] == 128
+    assert sides == sorted(sides)
+    assert set(sides) == {128, 160, 192, 224}
+    assert sides[67:] == [224] * 34
+
+
+def test_a_range_test_suggests_a_rate_at_which_the_loss_falls():
+    batches = [images(32, seed % 4) for seed in range(200)]
+    found = loop.range_test(Trainer(classic(), config(), 100), batches, 100)
+    assert found.rates == sorted(found.rates)
+    assert 1e-5 < found.suggestion < 1
+    assert found.losses[found.rates.index(min(found.rates, key=lambda r: abs(r - found.suggestion)))] < found.losses[0]
+    with pytest.raises(DataError, match="needs at least 20 steps in an epoch, and had 5"):
+        loop.range_test(Trainer(classic(), config(), 100), batches[:5], 100)
+
+
+def test_the_time_of_a_step_is_told_apart():
+    trainer = Trainer(classic(), config(), 10)
+    trainer.clock.begin()
+    trainer.step(images(16), 0)
+    spent = trainer.clock.take()
+    assert spent.keys() >= {"data", "augment", "forward", "backward", "optimizer"}
+    assert trainer.clock.take() == {}
 
 
 def test_biases_and_normalisation_are_not_decayed():

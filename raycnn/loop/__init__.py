@@ -7,7 +7,7 @@ share is empty takes part with a weight of zero, so every rank runs the same num
 from raycnn.loop.evaluation import evaluate
 from raycnn.loop.optimization import Average, blocks, learning_rate, make_optimizer, momentum
 from raycnn.loop.range_test import RangeTest, range_test
-from raycnn.loop.ranks import Batch, rank, world_size
+from raycnn.loop.ranks import Batch, rank, summed, world_size
 from raycnn.loop.steps import Step, Told, Trainer, evaluated_weights
 from raycnn.loop.timing import Clock
 
@@ -27,5 +27,6 @@ __all__ = [
     "momentum",
     "range_test",
     "rank",
+    "summed",
     "world_size",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from raycnn.errors import DataError
-from raycnn.loop.ranks import Batch
+from raycnn.loop.ranks import Batch, summed
 from raycnn.loop.steps import Trainer
 
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -34,13 +34,10 @@ def range_test(trainer: Trainer, batches: Iterable[Batch], steps: int) -> RangeT
     rates, losses, smoothed = list[float](), list[float](), 0.0
     for step, batch in zip(range(steps), batches, strict=False):
         rate = LOWEST * (HIGHEST / LOWEST) ** (step / max(1, steps - 1))
-        try:
-            found = trainer.step(batch, step, rate=rate)
-        except DataError:  # it is not finite any more
+        loss, rows = summed(_taken(trainer, batch, step, rate), trainer.device)
+        if not math.isfinite(loss):
             break
-        if not found.rows:
-            continue
-        smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * found.loss / found.rows
+        smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * loss / rows
         rates.append(rate)
         losses.append(smoothed / (1 - SMOOTHING ** len(rates)))
         if losses[-1] > GIVEN_UP * min(losses):
@@ -51,6 +48,15 @@ def range_test(trainer: Trainer, batches: Iterable[Batch], steps: int) -> RangeT
         )
     best = min(range(1, len(rates)), key=lambda i: _slope(rates, losses, i))
     return RangeTest(rates, losses, float(f"{rates[best]:.1g}"))
+
+
+def _taken(trainer: Trainer, batch: Batch, step: int, rate: float) -> tuple[float, int]:
+    """Loss and rows of this rank's step. A loss that is not finite must end the test on all ranks, not one."""
+    try:
+        done = trainer.step(batch, step, rate=rate)
+    except DataError:
+        return math.inf, 0
+    return done.loss, done.rows
 
 
 def _slope(rates: list[float], losses: list[float], at: int) -> float:

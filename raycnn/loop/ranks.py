@@ -1,7 +1,9 @@
 """The processes that train together, and what each of them is given."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -30,3 +32,12 @@ def world_size() -> int:
 def rank() -> int:
     """Which of them this process is."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def summed(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value added up over the ranks, all of which have to ask."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()

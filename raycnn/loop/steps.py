@@ -18,7 +18,7 @@ from raycnn import augment
 from raycnn.config import TrainConfig
 from raycnn.errors import ConfigError, DataError
 from raycnn.loop.optimization import Average, make_optimizer, set_rates
-from raycnn.loop.ranks import Batch, rank, world_size
+from raycnn.loop.ranks import Batch, rank, summed, world_size
 from raycnn.loop.timing import Clock
 from raycnn.models import Classifier
 
@@ -113,7 +113,9 @@ class Trainer:
             ConfigError: the batch is too small for the model.
         """
         self.clock.mark("data")
-        rows, told = self._summed(batch.labels.numel(), told)
+        rows, *tellings = summed([batch.labels.numel(), *told], self.device)
+        told = Told(*tellings)
+        self.clock.mark("all_reduce")
         done = min(1.0, max((step + 0.5) / self._steps, told.time_used))
         set_rates(self.optimizer, self._config, done, rate)
         with _drawn_from(self.device, self._config.seed, step, rank()):
@@ -131,15 +133,6 @@ class Trainer:
             self.average.update(self.classifier, step)
         self.clock.mark("optimizer")
         return Step(value, batch.labels.numel(), done, told)
-
-    def _summed(self, rows: int, told: Told) -> tuple[float, Told]:
-        if world_size() == 1:
-            return rows, told
-        total = torch.tensor([rows, *told], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        self.clock.mark("all_reduce")
-        everything, *tellings = total.tolist()
-        return everything, Told(*tellings)
 
     def _forward_and_backward(self, batch: Batch, rows: float, step: int, epoch: int, done: float) -> Tensor:
         """The summed loss; gradients are those of the mean over the global batch of `rows`."""

@@ -17,7 +17,7 @@ from raycnn.storage import Store, open_store
 
 if TYPE_CHECKING:
     from raycnn.evaluating import EvaluateReport
-    from raycnn.training import TrainReport
+    from raycnn.training import RateReport, TrainReport
 
 REPORT = "report.html"
 MATRIX_CLASSES = 30
@@ -80,10 +80,12 @@ def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "Ev
     return store.address(REPORT)
 
 
-def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None) -> "TrainReport":
-    """`raycnn.training.train`, and the report beside what it has made."""
-    from raycnn.training import train
+def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None) -> "TrainReport | RateReport":
+    """`raycnn.training.train`, and the report beside what it has made; or a range test of learning rates."""
+    from raycnn.training import find_rate, train
 
+    if config.find_lr:
+        return find_rate(config, progress)
     made = train(config, progress)
     write_report(made.run)
     return made

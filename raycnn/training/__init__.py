@@ -11,6 +11,6 @@ nothing to do when it is finished.
 """
 
 from raycnn.training.folder import Checkpoints
-from raycnn.training.start import TrainReport, image_spec, train
+from raycnn.training.start import RateReport, TrainReport, find_rate, image_spec, train
 
-__all__ = ["Checkpoints", "TrainReport", "image_spec", "train"]
+__all__ = ["Checkpoints", "RateReport", "TrainReport", "find_rate", "image_spec", "train"]

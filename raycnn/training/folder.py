@@ -18,6 +18,7 @@ from raycnn.shards.order import Cursor, lanes_for
 from raycnn.storage import Store
 
 CONFIG, IDENTITY, DATA = "config.yaml", "run.json", "data"
+FIND_LR, FIND_LR_PLOT = "find_lr.json", "find_lr.png"
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
 

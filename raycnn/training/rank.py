@@ -1,6 +1,7 @@
 """What each training worker runs, from the last whole checkpoint to the bundle."""
 
 import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,17 @@ from raycnn.models import Classifier, build
 from raycnn.shards import PackedCollection, open_collection
 from raycnn.shards.order import Cursor, epoch_pieces, first_rows, step_counts, steps_per_epoch
 from raycnn.storage import open_store
-from raycnn.training.folder import Checkpoints, History, Saving, TensorBoard, ended, resume_at
+from raycnn.training.folder import (
+    FIND_LR,
+    FIND_LR_PLOT,
+    Checkpoints,
+    History,
+    Saving,
+    TensorBoard,
+    ended,
+    resume_at,
+)
+from raycnn.training.pictures import find_lr_picture
 
 PIECE_BYTES = 96 * MIB
 """Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
@@ -36,6 +47,7 @@ COUNTS, ELAPSED, VALIDATION = "counts", "elapsed_s", "validation"
 NO_COUNTS = [0.0] * (3 + len(Status))
 """Of an epoch, over all ranks: the sum of the losses, trained rows, rows without a label, bad ones of each status."""
 SELFTEST_IMAGES = 8
+FIND_LR_STEPS = 200
 
 
 def check_bad(bad: Mapping[str, int], rows: int, max_bad: float) -> None:
@@ -68,12 +80,15 @@ def work(arguments: dict[str, Any]) -> None:
             classifier.freeze()
         if config.compile:
             classifier.compile()
-        model = prepare_model(classifier)
         run = _Run(config, packed, spec, arguments["lanes"], plan, arguments["board"])
-        run.train(classifier, model)
-        if run.rank == 0:
-            hand_over(config, packed, classifier)
-    ray.train.report({"epochs": config.epochs})
+        trainer = run.trainer(classifier, prepare_model(classifier))
+        if config.find_lr:
+            run.find_rate(trainer)
+        else:
+            run.train(trainer)
+            if run.rank == 0:
+                hand_over(config, packed, classifier)
+    ray.train.report({})
 
 
 class _Run:
@@ -107,16 +122,22 @@ class _Run:
         self._first_step_at: float | None = None
         self._leaving: set[str] = set()
 
-    def train(self, classifier: Classifier, model: torch.nn.Module) -> None:
-        """Run the epochs that are left."""
+    def trainer(self, classifier: Classifier, model: torch.nn.Module) -> loop.Trainer:
+        """What trains the classifier, called as `model`, on this data."""
         per_class = self._packed.counts("train")
-        trainer = loop.Trainer(
-            classifier,
-            self._config,
-            self._steps * self._config.epochs,
-            model,
-            [per_class.get(name, 0) for name in self._packed.class_names],
-        )
+        counts = [per_class.get(name, 0) for name in self._packed.class_names]
+        return loop.Trainer(classifier, self._config, self._steps * self._config.epochs, model, counts)
+
+    def find_rate(self, trainer: loop.Trainer) -> None:
+        """Leave a range test of learning rates in the run folder, and nothing else."""
+        batches = map(_to_torch, self._batches(Cursor(0, 0)))
+        found = loop.range_test(trainer, batches, min(FIND_LR_STEPS, self._steps * self._config.epochs))
+        if self.rank == 0:
+            self._store.put(FIND_LR_PLOT, find_lr_picture(*found))
+            self._store.put(FIND_LR, json.dumps(found._asdict()).encode())
+
+    def train(self, trainer: loop.Trainer) -> None:
+        """Run the epochs that are left."""
         with Saving(self._store) as saving:
             first, counts = self._resume(saving.checkpoints, trainer)
             history = History(self._store)
@@ -243,12 +264,8 @@ class _Run:
         return skipped | ({"unlabelled": int(unlabelled)} if unlabelled else {})
 
     def _sum(self, values: list[float]) -> list[float]:
-        """Each value summed up over the ranks."""
-        if self._world == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
+        """Each value added up over the ranks."""
+        return loop.summed(values, self._device)
 
     def _post_step(self, epoch: int, step: int, rows: int, start: float) -> None:
         now = time.perf_counter()

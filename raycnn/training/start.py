@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,20 @@ from raycnn.models import (
     require_file,
 )
 from raycnn.shards import Collection, PackedCollection, open_collection
+from raycnn.shards.order import lanes_for
 from raycnn.storage import Store, contains, open_store
-from raycnn.training.folder import DATA, Checkpoints, History, check_before_packing, claim, claimed, ended, resume_at
+from raycnn.training.folder import (
+    DATA,
+    FIND_LR,
+    FIND_LR_PLOT,
+    Checkpoints,
+    History,
+    check_before_packing,
+    claim,
+    claimed,
+    ended,
+    resume_at,
+)
 from raycnn.training.rank import check_bad, work
 
 SMALL_SIDE = 64
@@ -42,6 +55,16 @@ class TrainReport:
     resumed_at_epoch: int
 
 
+@dataclass(frozen=True)
+class RateReport:
+    """What a range test of learning rates has found."""
+
+    suggestion: float
+    """Where the loss falls most steeply: a learning rate to try as the schedule's peak."""
+    steps: int
+    plot: str
+
+
 def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainReport:
     """Train, or resume, or find the run finished.
 
@@ -50,19 +73,39 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
         DataError: the data cannot be trained on; it says why.
     """
     say = progress or (lambda event: None)
+    config, store, packed, spec = _prepared(config, say)
+    claimed(store, config, packed)
+    done = resume_at(Checkpoints(store).last()).epoch
+    if ended(config, History(store).lines[:done]) is None or _bundle_epochs(store) < done:
+        _check_readable(config, packed)
+        _fit(config, packed, spec, say, lambda: claim(store, config, packed))
+    return _report(store, done)
+
+
+def find_rate(config: TrainConfig, progress: data.Progress | None = None) -> RateReport:
+    """Try learning rates on a copy of the model; the run that is to come in this folder may have other settings.
+
+    Raises:
+        ConfigError: the cluster cannot run the plan.
+        DataError: the data cannot be trained on, or is too little; it says why.
+    """
+    say = progress or (lambda event: None)
+    config, store, packed, spec = _prepared(config, say)
+    _check_readable(config, packed)
+    _fit(config, packed, spec, say, lambda: lanes_for(config.num_workers))
+    found = json.loads(store.get(FIND_LR))
+    return RateReport(found["suggestion"], len(found["rates"]), store.address(FIND_LR_PLOT))
+
+
+def _prepared(config: TrainConfig, say: data.Progress) -> tuple[TrainConfig, Store, PackedCollection, ImageSpec]:
+    """What is checked before any work: the run folder, the packed data, and the model's input."""
     if contains(config.data, config.run):
         raise ConfigError(f"the run folder {config.run} lies inside its data {config.data}; choose another")
     config = _checked(config)
     store = open_store(config.run)
     packed = _packed(config, store, say)
     _check_classes(packed)
-    spec = image_spec(config, packed.manifest)
-    claimed(store, config, packed)
-    done = resume_at(Checkpoints(store).last()).epoch
-    if ended(config, History(store).lines[:done]) is None or _bundle_epochs(store) < done:
-        _check_readable(config, packed)
-        _fit(config, store, packed, spec, say)
-    return _report(store, done)
+    return config, store, packed, image_spec(config, packed.manifest)
 
 
 def _report(store: Store, resumed_at: int) -> TrainReport:
@@ -180,7 +223,9 @@ def _bundle_epochs(store: Store) -> int:
     return json.loads(store.get("bundle/config.json"))["metrics"].get("epochs", 0)
 
 
-def _fit(config: TrainConfig, store: Store, packed: PackedCollection, spec: ImageSpec, say: data.Progress) -> None:
+def _fit(
+    config: TrainConfig, packed: PackedCollection, spec: ImageSpec, say: data.Progress, lanes: Callable[[], int]
+) -> None:
     """Run Ray Train, once it is known that the cluster can; show what rank 0 posts while it runs."""
     data.connect(say)
     _, limit = data.resources()
@@ -194,7 +239,7 @@ def _fit(config: TrainConfig, store: Store, packed: PackedCollection, spec: Imag
         "config": config.model_dump(mode="json"),
         "data": packed.store.url,
         "spec": spec.model_dump(mode="json"),
-        "lanes": claim(store, config, packed),
+        "lanes": lanes(),
         "plan": plan._asdict(),
     }
     from raycnn.training.launch import launch
