@@ -268,6 +268,35 @@ def test_rare_classes_count_more():
     assert ratio[2] > ratio[0]
 
 
+def unlike(rows: int, share: float, seed: int) -> Batch:
+    """Noise, of which the rare class 1 is somewhat brighter: no model can tell all of it apart."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(rows, generator=draw) < share).long()
+    noise = torch.randn((rows, 8, 8, 1), generator=draw) * 30 + torch.randn((rows, 1, 1, 1), generator=draw) * 20
+    pixels = (110 + noise + 30 * labels[:, None, None, None]).clamp(0, 255).byte()
+    return Batch(pixels, labels, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+
+
+def recalls(kind: str) -> list[float]:
+    """The shares of each class that a model finds which has seen 5% of the rare one."""
+    model = build("classic", 2, SPEC, seed=0)
+    trainer = Trainer(model, config(imbalance=kind, learning_rate=0.05), 80, class_counts=[950, 50])
+    for step in range(80):
+        trainer.step(unlike(64, 0.05, step), step)
+    found = evaluate(model, [unlike(2000, 0.5, 1000)], 2).confusion
+    return (found.diagonal() / found.sum(1)).tolist()
+
+
+def test_what_is_done_against_imbalance_finds_more_of_the_rare_class():
+    frequent, rare = recalls("none")
+    assert frequent > 0.95
+    assert rare < 0.5
+    for kind in ("weights", "logit-adjust"):
+        of_frequent, of_rare = recalls(kind)
+        assert of_rare > rare + 0.2
+        assert of_frequent + of_rare > frequent + rare
+
+
 def test_progressive_resizing_begins_small_and_ends_at_the_full_size():
     model = build("resnet18", CLASSES, ImageSpec(height=224, width=224), seed=0)
     settings = config(start_size=128)
@@ -278,12 +307,20 @@ def test_progressive_resizing_begins_small_and_ends_at_the_full_size():
     assert sides[67:] == [224] * 34
 
 
+def _loss_after(model: Classifier, rate: float) -> float:
+    trainer = Trainer(model, config(learning_rate=rate), 40)
+    return [trainer.step(unlike(64, 0.5, seed), seed).loss for seed in range(40)][-1]
+
+
 def test_a_range_test_suggests_a_rate_at_which_the_loss_falls():
-    batches = [images(32, seed % 4) for seed in range(200)]
-    found = loop.range_test(Trainer(classic(), config(), 100), batches, 100)
+    batches = [unlike(64, 0.5, seed) for seed in range(100)]
+    found = loop.range_test(Trainer(build("classic", 2, SPEC, seed=0), config(), 100), batches, 100)
     assert found.rates == sorted(found.rates)
-    assert 1e-5 < found.suggestion < 1
-    assert found.losses[found.rates.index(min(found.rates, key=lambda r: abs(r - found.suggestion)))] < found.losses[0]
+    assert 1e-4 < found.suggestion < 1
+    at = min(range(len(found.rates)), key=lambda i: abs(found.rates[i] - found.suggestion))
+    assert min(found.losses) < found.losses[at] < found.losses[0]
+    usual, suggested = (_loss_after(build("classic", 2, SPEC, seed=0), rate) for rate in (1e-4, found.suggestion))
+    assert suggested < usual
     with pytest.raises(DataError, match="needs at least 20 steps in an epoch, and had 5"):
         loop.range_test(Trainer(classic(), config(), 100), batches[:5], 100)
 

@@ -343,3 +343,8 @@ def test_feature_maps_of_other_models_show_the_first_convolution():
     shape = spec(32, 32, 3)
     maps = models.feature_maps(models.blank("squeezenet1_1", 3, shape).eval(), noise(shape, 1))
     assert {key: tuple(value.shape) for key, value in maps.items()} == {"features.0": (1, 64, 15, 15)}
+
+
+@pytest.mark.parametrize(("name", "takes"), [("resnet18", True), ("classic", False), ("vit_b_32", False)])
+def test_whether_a_model_takes_images_of_another_size_is_known(name, takes):
+    assert models.takes_size(name, ImageSpec(), 160) == takes

@@ -8,7 +8,7 @@ from raycnn.loop.evaluation import evaluate
 from raycnn.loop.optimization import Average, blocks, learning_rate, make_optimizer, momentum
 from raycnn.loop.range_test import RangeTest, range_test
 from raycnn.loop.ranks import Batch, rank, summed, world_size
-from raycnn.loop.steps import Step, Told, Trainer, evaluated_weights
+from raycnn.loop.steps import Step, Told, Trainer, evaluated_weights, training_size
 from raycnn.loop.timing import Clock
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "range_test",
     "rank",
     "summed",
+    "training_size",
     "world_size",
 ]

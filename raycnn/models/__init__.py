@@ -61,6 +61,7 @@ __all__ = [
     "published_spec",
     "read_file",
     "require_file",
+    "takes_size",
     "timm_spec",
 ]
 
@@ -160,6 +161,17 @@ def blank(name: str, num_classes: int, spec: ImageSpec) -> Classifier:
     """A classifier whose weights are undefined memory until `fill`; for vit_l_16 0.1 s instead of 8 s."""
     with _NoInit():
         return Classifier(name, network(name, num_classes, spec), spec, num_classes)
+
+
+def takes_size(name: str, spec: ImageSpec, side: int) -> bool:
+    """Whether a model that is made for the size of `spec` also takes images of side x side px."""
+    model = blank(name, 2, spec).eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros((1, side, side, spec.channels), dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    return True
 
 
 def fill(classifier: Classifier, state: Mapping[str, Tensor], source: str, *, new_head: bool = False) -> None:

@@ -19,6 +19,7 @@ from raycnn.models import (
     load_weights,
     published_spec,
     require_file,
+    takes_size,
 )
 from raycnn.shards import Collection, PackedCollection, open_collection
 from raycnn.shards.order import lanes_for
@@ -105,7 +106,9 @@ def _prepared(config: TrainConfig, say: data.Progress) -> tuple[TrainConfig, Sto
     store = open_store(config.run)
     packed = _packed(config, store, say)
     _check_classes(packed)
-    return config, store, packed, image_spec(config, packed.manifest)
+    spec = image_spec(config, packed.manifest)
+    _check_grows(config, spec)
+    return config, store, packed, spec
 
 
 def _report(store: Store, resumed_at: int) -> TrainReport:
@@ -133,6 +136,18 @@ def _checked(config: TrainConfig) -> TrainConfig:
     if config.weights is None or is_published_name(config.weights):
         return config
     return config.model_copy(update={"weights": require_file(config.weights)})
+
+
+def _check_grows(config: TrainConfig, spec: ImageSpec) -> None:
+    """Progressive resizing is for models that take images of any size."""
+    side = min(spec.height, spec.width)
+    if config.start_size > side:
+        raise ConfigError(f"start_size: {config.start_size} is more than the images' side of {side} px; choose less")
+    if config.start_size and not takes_size(config.model, spec, config.start_size):
+        raise ConfigError(
+            f"start_size: {config.model} takes images of {spec.height} x {spec.width} px only, so they cannot grow; "
+            "choose another model, or 0"
+        )
 
 
 def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedCollection:
