@@ -45,17 +45,14 @@ class Run:
         self._takes.mkdir(parents=True)
         self._once, self._packed, self._seed = folder / "once", packed, seed
 
-    def train(self, workers: int, kill: Kill | None = None) -> bool:
-        """Whether the command came to its end; what it has left is gone."""
+    def train(self, workers: int, kill: Kill | None = None, **more: int) -> bool:
+        """Whether the command, with `more` options, came to its end; what it has left is gone."""
         import psutil
 
-        options = {"epochs": EPOCHS, "batch-size": BATCH, "checkpoint-every": CHECKPOINT_EVERY}
-        options |= {"num-workers": workers, "seed": self._seed, "device": "cpu"}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        environment = os.environ | {FOLDER: str(self._takes), "PYTHONPATH": str(Path(__file__).parents[1])}
-        environment["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = "benchmarks.takes.install"
-        if kill:
-            environment[KILL] = json.dumps(kill._asdict() | {"once": str(self._once)})
+        options = {"epochs": EPOCHS, "batch_size": BATCH, "checkpoint_every": CHECKPOINT_EVERY}
+        options |= {"num_workers": workers, "seed": self._seed, "device": "cpu"} | more
+        words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        environment = os.environ | self.environment(kill)
         # The shell becomes the program, so that the workers can be told its number.
         shell = ["sh", "-c", 'RAYCNN_BENCH_DRIVER=$$ exec "$0" "$@"', RAYCNN, "train", self._packed, self.url, *words]
         with (self._takes.parent / "log").open("a") as log:
@@ -75,6 +72,15 @@ class Run:
         if kill and not self._once.exists():
             raise SystemExit(f"nobody was killed: {self._takes.parent}/log")
         return driver.returncode == 0
+
+    def environment(self, kill: Kill | None = None) -> dict[str, str]:
+        """What has Ray's workers note what they take, and kill."""
+        found = {
+            FOLDER: str(self._takes),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "benchmarks.takes.install",
+        }
+        return found | ({KILL: json.dumps(kill._asdict() | {"once": str(self._once)})} if kill else {})
 
     def digest(self) -> str:
         """Of weights and optimizer at the end."""
@@ -104,6 +110,12 @@ class Run:
         for epoch in range(EPOCHS):
             yield [n for lane in sorted(k for k in lanes if k[0] == epoch) for n in _followed(lanes[lane])]
 
+    def is_exact(self) -> bool:
+        """Whether each epoch has trained on every sample once."""
+        orders = [keys_in_order(self._packed, epoch) for epoch in range(EPOCHS)]
+        taken = [[order[n] for n in ordinals] for order, ordinals in zip(orders, self.epochs(), strict=True)]
+        return all(sorted(keys) == sorted(orders[0]) for keys in taken)
+
 
 def _followed(processes: Sequence[Sequence[int]]) -> list[int]:
     """What counts of what the processes took of a lane, one after the other."""
@@ -130,7 +142,8 @@ def keys_in_order(packed: str, epoch: int) -> list[str]:
     return keys
 
 
-def _pack(folder: Path) -> str:
+def pack(folder: Path) -> str:
+    """Images of two classes, packed."""
     import numpy as np
 
     import raycnn
@@ -153,25 +166,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ["RAY_ADDRESS"], os.environ["RAY_USAGE_STATS_ENABLED"] = "local", "0"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        packed = _pack(folder)
+        packed = pack(folder)
         whole = {n: Run(folder / f"whole{n}", packed) for n in (1, 2)}
         other = {n: Run(folder / f"other{n}", packed, seed=1) for n in (1, 2)}
         for workers in (1, 2):
             assert whole[workers].train(workers)
             assert other[workers].train(workers)
-        orders = [keys_in_order(packed, epoch) for epoch in range(EPOCHS)]
         killed, changed = [], []
         for number in range(KILLS):
             workers, target = 1 + number % 2, TARGETS[number // 2 % len(TARGETS)]
             one = Run(folder / f"k{number}", packed)
             killed.append(_killed(one, rng, target, workers, workers))
             killed[-1]["is_equal"] = one.digest() == whole[workers].digest()
-            killed[-1]["visits_are_exact"] = _is_exact(one, orders)
+            killed[-1]["visits_are_exact"] = one.is_exact()
             sys.stderr.write(f"{number + 1} of {KILLS}: {json.dumps(killed[-1])}\n")
         for before, after in CHANGES:
             one = Run(folder / f"c{before}{after}", packed)
             changed.append(_killed(one, rng, "driver", before, after))
-            changed[-1]["visits_are_exact"] = _is_exact(one, orders)
+            changed[-1]["visits_are_exact"] = one.is_exact()
             sys.stderr.write(f"{json.dumps(changed[-1])}\n")
         controls = [other[n].digest() != whole[n].digest() for n in (1, 2)]
     equal, exact = (sum(k[name] for k in killed) for name in ("is_equal", "visits_are_exact"))
@@ -194,8 +206,3 @@ def _killed(one: Run, rng: random.Random, target: str, workers: int, after: int)
         came_to_its_end = one.train(after)
     assert came_to_its_end
     return kill._asdict() | {"workers": workers, "workers_after": after}
-
-
-def _is_exact(one: Run, orders: Sequence[list[str]]) -> bool:
-    taken = [[order[n] for n in ordinals] for order, ordinals in zip(orders, one.epochs(), strict=True)]
-    return all(sorted(keys) == sorted(orders[0]) for keys in taken)
