@@ -24,6 +24,8 @@ BOX_RATIO = (3 / 4, 4 / 3)
 """Least and greatest width / height of a random box, relative to the model's input (Szegedy et al. 2014)."""
 ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
 """Of erased rectangles: share of the image's area, and width / height relative to the image's own."""
+SMALL = 64
+"""Longest side in px of frames that a CPU resizes all at once."""
 LEVELS = 30
 """Magnitudes of the operations go from 0 to 30."""
 RAND_LEVEL = 9
@@ -119,7 +121,7 @@ def uniform(keys: Tensor, count: int, *stream: object) -> Tensor:
     A SplitMix64 generator (Steele, Lea and Flood 2014) for each row, begun at its key mixed with the hash of the
     stream's name. It is integer arithmetic until the last step, and so the same on every device.
     """
-    digest = hashlib.blake2b(repr(stream).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(" ".join(map(str, stream)).encode(), digest_size=8).digest()
     state = _scrambled(keys ^ int.from_bytes(digest, "big", signed=True))
     counter = torch.arange(1, count + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15)
     return _shifted(_scrambled(state[:, None] + counter), 11).double() * 2.0**-53
@@ -157,7 +159,8 @@ def _boxes(keys: Tensor, epoch: int, config: TrainConfig, size: tuple[int, int],
 
 def _center_boxes(sizes: Tensor, size: tuple[int, int], crop: float) -> Tensor:
     """`images.center_box` for many images."""
-    side = crop * torch.minimum(sizes[:, 0] / size[0], sizes[:, 1] / size[1]).double()
+    height, width = sizes.double().unbind(1)
+    side = crop * torch.minimum(height / size[0], width / size[1])
     extent = torch.stack((side * size[0], side * size[1]), 1).round().long().clamp(min=1)
     return torch.cat(((sizes - extent) // 2, extent), 1)
 
@@ -190,11 +193,9 @@ def _random_boxes(
 
 
 def _resized(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each box as an image of the size wanted: uint8 (N, height, width, C).
-
-    Antialiased bilinear as in evaluation, to a rounding, whatever the boxes' sizes. grid_sample would alias where
-    they are shrunk, and torch's antialiased kernel takes one size of box at a time.
-    """
+    """Each box as an image of the size wanted, antialiased bilinear as in evaluation: uint8 (N, height, width, C)."""
+    if pixels.device.type == "cpu" and max(pixels.shape[1:3]) > SMALL:
+        return _resized_one_by_one(pixels, boxes, size)
     (count, _, width, channels), (new_height, new_width) = pixels.shape, size
     places, shares = _taps(boxes[:, 0], boxes[:, 2], new_height, pixels.shape[1])
     rows = _weighted(pixels.flatten(2), places, shares)
@@ -202,6 +203,16 @@ def _resized(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     places, shares = _taps(boxes[:, 1], boxes[:, 3], new_width, width)
     made = _weighted(columns, places, shares).round_().to(torch.uint8)
     return made.view(count, new_width, new_height, channels).transpose(1, 2)
+
+
+def _resized_one_by_one(pixels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same by torch's kernel for bytes on CPUs: 15 times as fast for photos, 3 times as slow for digits."""
+    made = pixels.new_empty((len(pixels), *size, pixels.shape[3]))
+    images, resized = pixels.permute(0, 3, 1, 2), made.permute(0, 3, 1, 2)
+    for row, (top, left, height, width) in enumerate(boxes.tolist()):
+        box = images[row : row + 1, :, top : top + height, left : left + width]
+        resized[row] = functional.interpolate(box, size, mode="bilinear", antialias=True)[0]
+    return made
 
 
 def _taps(start: Tensor, length: Tensor, count: int, frame: int) -> tuple[Tensor, Tensor]:
@@ -233,18 +244,21 @@ def _weighted(lines: Tensor, places: Tensor, shares: Tensor) -> Tensor:
 
 
 def _placed(pixels: Tensor, draws: Tensor, config: TrainConfig) -> Tensor:
-    """Mirrored and then moved, in one go; what moves in is black (He et al. 2016 pad with zeros and crop)."""
-    count, height, width, _ = pixels.shape
-    y, x = (torch.arange(side, device=pixels.device)[None, :] for side in (height, width))
-    if config.shift:
-        moves = (draws[:, :2] * (2 * config.shift + 1)).long() - config.shift
-        y, x = y - moves[:, :1], x - moves[:, 1:]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    """Mirrored and then moved, in one go; what moves in is black (He et al. 2016 pad with zeros and crop).
+
+    Each row of a moved image is a run of bytes of the padded batch, so that runs are gathered, not px.
+    """
+    count, height, width, channels = pixels.shape
+    down, across = min(config.shift, height), min(config.shift, width)
+    both = torch.stack((pixels, pixels.flip(2)), 1) if config.flip else pixels[:, None]
+    padded = functional.pad(both, (0, 0, across, across, down, down))
+    index = torch.arange(count, device=pixels.device)
     if config.flip:
-        x = torch.where(draws[:, 2:] < 0.5, width - 1 - x, x)
-    y, x = y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]
-    moved = pixels[torch.arange(count, device=pixels.device)[:, None, None], y, x]
-    return moved * inside[..., None] if config.shift else moved
+        index = 2 * index + (draws[:, 2] < 0.5)
+    top, left = (draws[:, 0] * (2 * down + 1)).long(), (draws[:, 1] * (2 * across + 1)).long()
+    rows = (index * padded.shape[2] + top)[:, None] + torch.arange(height, device=pixels.device)
+    starts = (rows * padded.shape[3] + left[:, None]) * channels
+    return padded.flatten().unfold(0, width * channels, 1)[starts].view(pixels.shape)
 
 
 def _erased(pixels: Tensor, draws: Tensor, share: float) -> Tensor:
@@ -256,7 +270,8 @@ def _erased(pixels: Tensor, draws: Tensor, share: float) -> Tensor:
     in_rows = (y >= top) & (y < top + box_height) & (fits & (draws[:, 0] < share))[:, None]
     in_columns = (x >= left) & (x < left + box_width)
     mean = (pixels.sum((1, 2), keepdim=True) // (height * width)).to(torch.uint8)
-    return torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], mean, pixels)
+    inside = (in_rows[:, :, None] & in_columns[:, None, :])[..., None]
+    return pixels + inside * (mean - pixels)  # bytes wrap; torch.where takes many times as long on them
 
 
 def _partners(lanes: Tensor) -> Tensor:
@@ -286,14 +301,18 @@ def _operated(pixels: Tensor, draws: Tensor, kind: str) -> Tensor:
     level = torch.full_like(draws[:, 1], RAND_LEVEL) if kind == "rand" else (draws[:, 1] * (LEVELS + 1)).floor()
     strength = torch.where(draws[:, 2] < 0.5, -level, level).float() / LEVELS
     ranges = _trivial_ranges() if kind == "trivial" else _rand_ranges(*pixels.shape[1:3])
-    groups = operation.argsort(stable=True).split(torch.bincount(operation, minlength=len(OPERATIONS)).tolist())
-    made = pixels.clone()
+    order = operation.argsort(stable=True)
+    groups = order.split(torch.bincount(operation, minlength=len(OPERATIONS)).tolist())
+    made = []
     for name, rows in zip(OPERATIONS, groups, strict=True):
-        if len(rows) and name != "Identity":
+        if not len(rows):
+            continue
+        images = pixels.index_select(0, rows).permute(0, 3, 1, 2)
+        if name != "Identity":
             operate = _warped if name in WARPS else _recoloured
-            images = operate(name, pixels[rows].permute(0, 3, 1, 2), strength[rows, None, None], ranges)
-            made[rows] = images.permute(0, 2, 3, 1)
-    return made
+            images = operate(name, images, strength[rows, None, None], ranges)
+        made.append(images.permute(0, 2, 3, 1))
+    return torch.cat(made).index_select(0, order.argsort())
 
 
 class _Ranges(NamedTuple):
