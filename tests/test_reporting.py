@@ -18,6 +18,7 @@ from raycnn.evaluating import EvaluateReport
 from raycnn.metrics import Metrics
 from raycnn.models import build
 from raycnn.reporting import Picture, ProgressLine, write_report
+from raycnn.shards.order import Cursor
 from raycnn.storage import open_store
 from raycnn.training import Checkpoints
 
@@ -191,8 +192,8 @@ def test_without_an_evaluation_the_report_shows_the_best_checkpoint_on_validatio
     metrics = counted(2, {(0, 1): 20})
     url = run_folder(tmp_path / "run", ("ant", "bee"), metrics, epochs=2)
     checkpoints = Checkpoints(open_store(url))
-    checkpoints.save({"validation": counted(2, {(0, 1): 60}).to_vector()}, 0, 0.5)
-    checkpoints.save({"validation": metrics.to_vector()}, 1, 0.8)
+    checkpoints.save({"validation": counted(2, {(0, 1): 60}).to_vector()}, Cursor(0, 0), 0.5)
+    checkpoints.save({"validation": metrics.to_vector()}, Cursor(1, 0), 0.8)
     write_report(url)
     assert "80 of 100 val images" in page_of(url).text
 
