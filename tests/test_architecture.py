@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "raycnn"
 LAYERS: list[set[str]] = [
     {"errors", "config"},
     {"storage", "s3local", "images", "shards", "ledger", "drawing"},
-    {"models", "metrics", "loop", "bundle", "predictor"},
+    {"models", "metrics", "augment", "loop", "bundle", "predictor"},
     {"data", "packing", "training", "evaluating", "labeling", "serving", "autoscaling"},
     {"reporting", "explaining", "exchange", "reviewing", "demo", "cli"},
 ]
@@ -25,6 +25,7 @@ WITHIN = {
     ("ledger", "storage"),
     ("ledger", "shards"),
     ("loop", "metrics"),
+    ("loop", "augment"),
     ("bundle", "models"),
     ("predictor", "bundle"),
     ("predictor", "metrics"),

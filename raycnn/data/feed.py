@@ -18,14 +18,27 @@ from raycnn.shards import Collection, Slice, key_hash, open_collection
 from raycnn.shards.order import row_order
 
 Block = dict[str, np.ndarray]
-"""Decoded rows: pixels (n, H, W, C) uint8, label, lane, epoch, ordinal (n,) int64, bad (n,) text."""
+"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal (n,) int64, bad (n,) text; and where the
+images differ in size, size (n, 2) int32, the height and width of each at the top left of its zero-padded frame."""
+
+KEY_SALT = "raycnn-augment"
+"""Of the hashes of keys that augmentation follows from."""
 
 
 class FeedBatch(NamedTuple):
-    """Rows that can be trained on, as uint8 pixels (n, H, W, C) and labels (n,), and why others cannot."""
+    """Rows that can be trained on, and why others cannot."""
 
     pixels: npt.NDArray[np.uint8]
+    """(n, H, W, C)."""
     labels: npt.NDArray[np.int64]
+    """(n,)."""
+    keys: npt.NDArray[np.int64]
+    """(n,): hashes of the images' keys."""
+    lanes: npt.NDArray[np.int64]
+    """(n,)."""
+    sizes: npt.NDArray[np.int32] | None
+    """(n, 2): height and width of each image at the top left of its zero-padded frame; None where all fill it, cut as
+    the model wants them."""
     failures: list[Bad]
     unlabelled: int
     """Rows that have pixels, and no label."""
@@ -78,6 +91,7 @@ def decode_piece(
     return {
         "pixels": pixels,
         "label": np.array([-1 if s.label is None else s.label for s in chosen], np.int64),
+        "key": np.array([key_hash(s.key, KEY_SALT) for s in chosen], np.uint64).view(np.int64),
         "lane": np.full(len(chosen), item["lane"], np.int64),
         "epoch": np.full(len(chosen), item["epoch"], np.int64),
         "ordinal": item["ordinal"] + np.arange(len(chosen)),
@@ -130,14 +144,34 @@ class LaneBuffers:
 
 def join(parts: Sequence[Block], spec: ImageSpec) -> FeedBatch:
     """The parts as one batch, without the rows that have no pixels or no label."""
-    if not parts:
-        empty = np.zeros((0, spec.height, spec.width, spec.channels), np.uint8)
-        return FeedBatch(empty, np.zeros(0, np.int64), [], 0)
-    pixels, labels, bad = (np.concatenate([p[k] for p in parts]) for k in ("pixels", "label", "bad"))
+    parts = parts or [_no_rows(spec)]
+    labels, keys, lanes, bad = (np.concatenate([p[k] for p in parts]) for k in ("label", "key", "lane", "bad"))
+    pixels = _in_one_frame([p["pixels"] for p in parts])
+    sizes = np.concatenate([p["size"] for p in parts]) if "size" in parts[0] else None
     failures = [Bad(*text.split("\t", 1)) for text in bad if text]
     readable = np.array([not text for text in bad], bool)
     usable = readable & (labels >= 0)
     unlabelled = int(np.count_nonzero(readable & ~usable))
     if not usable.all():
-        pixels, labels = pixels[usable], labels[usable]
-    return FeedBatch(pixels, labels, failures, unlabelled)
+        pixels, labels, keys, lanes = pixels[usable], labels[usable], keys[usable], lanes[usable]
+        sizes = None if sizes is None else sizes[usable]
+    return FeedBatch(pixels, labels, keys, lanes, sizes, failures, unlabelled)
+
+
+def _no_rows(spec: ImageSpec) -> Block:
+    none = np.zeros(0, np.int64)
+    pixels = np.zeros((0, spec.height, spec.width, spec.channels), np.uint8)
+    return {"pixels": pixels, "label": none, "key": none, "lane": none, "bad": np.zeros(0, object)}
+
+
+def _in_one_frame(parts: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """(n, H, W, C) of all the parts, padded with zeros to the largest height and width of them."""
+    frames = {part.shape[1:] for part in parts}
+    if len(frames) == 1:
+        return np.concatenate(parts)
+    made = np.zeros((sum(map(len, parts)), *(max(sides) for sides in zip(*frames, strict=True))), np.uint8)
+    at = 0
+    for part in parts:
+        made[at : at + len(part), : part.shape[1], : part.shape[2]] = part
+        at += len(part)
+    return made

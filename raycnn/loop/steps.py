@@ -174,7 +174,7 @@ class Trainer:
         )
         assert pixels is not None and labels is not None and keys is not None and lanes is not None  # noqa: PT018
         size = training_size(self._config, self.classifier, done)
-        pixels = augment.augment(pixels, keys, epoch, self._config, size, sizes)
+        pixels = augment.augment(pixels, keys, epoch, self._config, size, sizes, self.classifier.spec.crop)
         if not (self._config.mixup or self._config.cutmix):
             return pixels, labels, labels, None
         pixels, partners, share = augment.mixed(pixels, labels, lanes, step, self._config)

@@ -91,15 +91,20 @@ def find_lr_picture(rates: Sequence[float], losses: Sequence[float], suggestion:
 # -- images -------------------------------------------------------------------------------------------------
 
 
-def samples_picture(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """The first training images of a run, up to 64, as the network is given them: uint8 (N, H, W, C)."""
-    shown = [rgb(one) for one in pixels[:SAMPLES]]
-    height, width = pixels.shape[1:3]
-    canvas = Canvas(
-        f"The first {len(shown)} training images", f"Each {height} x {width} px, as the network is given them."
-    )
-    if shown:
-        canvas.tiles(MARGIN, shown, 2 * COLUMNS, (WIDTH - 2 * MARGIN + 8) // (2 * COLUMNS) - 8, 8)
+def samples_picture(pixels: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int32] | None = None) -> bytes:
+    """The first training images of a run, up to 64, as the network is given them.
+
+    Args:
+        pixels: uint8 (N, H, W, C).
+        sizes: int32 (N, 2), height and width of each image at the top left of its frame; None where all fill it.
+    """
+    frames = pixels[:SAMPLES]
+    shown = frames if sizes is None else [one[:h, :w] for one, (h, w) in zip(frames, sizes.tolist(), strict=False)]
+    canvas = Canvas("Training images", f"The first {len(frames)}, as the network is given them.")
+    side, columns = (WIDTH - 2 * MARGIN + 8) // (2 * COLUMNS) - 8, 2 * COLUMNS
+    for i, one in enumerate(shown):
+        canvas.paste_within(rgb(one), MARGIN + i % columns * (side + 8), canvas.y + i // columns * (side + 8), side)
+    canvas.advance(-(-len(frames) // columns) * (side + 8))
     return canvas.png()
 
 

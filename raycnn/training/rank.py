@@ -370,4 +370,6 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _to_torch(taken: data.FeedBatch) -> loop.Batch:
-    return loop.Batch(torch.from_numpy(taken.pixels), torch.from_numpy(taken.labels))
+    arrays = (taken.pixels, taken.labels, taken.keys, taken.lanes)
+    sizes = None if taken.sizes is None else torch.from_numpy(taken.sizes)
+    return loop.Batch(*map(torch.from_numpy, arrays), sizes)
