@@ -79,7 +79,8 @@ class _Axes:
 
     def drawn(self) -> None:
         """Grid, curves, and words around them."""
-        image = Image.new("RGB", tuple((side + 2 * EDGE) * FINER for side in (self._width, self._height)), "white")
+        size = ((self._width + 2 * EDGE) * FINER, (self._height + 2 * EDGE) * FINER)
+        image = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(image)
         for tick in self._ticks:
             self._line(draw, [(0, self._y(tick)), (self._width, self._y(tick))], FRAME, 1)
