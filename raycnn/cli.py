@@ -128,7 +128,7 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
     def command(*args: Any, **kwargs: Any) -> int:
         flags = signature.bind(*args, **kwargs).arguments
         as_json, file = flags.pop("as_json", False), flags.pop("file", None)
-        values = config.from_file(verb.schema, file) if file is not None else {}
+        values = _from_file(verb.schema, file) if file is not None else {}
         values |= config.from_environment(verb.schema) | flags
         try:
             settings = config.make(verb.schema, values)
@@ -144,6 +144,16 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
     command.__name__ = name
     command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return command
+
+
+def _from_file(schema: type[VerbConfig], file: str) -> dict[str, Any]:
+    """The keys of a YAML file, local or s3://: a run folder holds one that repeats the run."""
+    if "://" not in file:
+        return config.from_file(schema, file)
+    from raycnn.storage import file_at
+
+    store, name = file_at(file)
+    return config.from_yaml(schema, store.get(name), file)
 
 
 def _call(verb: Verb, settings: VerbConfig) -> Any:
@@ -166,7 +176,7 @@ def _parameters(schema: type[VerbConfig]) -> Iterator[inspect.Parameter]:
             yield _parameter(field, info, inspect.Parameter.KEYWORD_ONLY)
     everywhere = Group("For every verb")
     names = ("--config", "--recipe") if schema is config.TrainConfig else ("--config",)
-    file = Parameter(name=names, group=everywhere, help="A YAML file with the same keys as the flags.")
+    file = Parameter(name=names, group=everywhere, help="A YAML file, local or s3://, with the same keys as the flags.")
     as_json = Parameter(name="--json", group=everywhere, help="Print one JSON object, last.", negative=())
     for name, hint in (("file", Annotated[str | None, file]), ("as_json", Annotated[bool | None, as_json])):
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)

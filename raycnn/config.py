@@ -489,14 +489,22 @@ def from_environment(schema: type[VerbConfig], environ: Mapping[str, str] = os.e
 
 
 def from_file(schema: type[VerbConfig], path: str) -> dict[str, Any]:
-    """The keys of a YAML file (a recipe)."""
+    """The keys of a YAML file on this machine (a recipe)."""
+    try:
+        return from_yaml(schema, Path(path).read_bytes(), path)
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: not readable: {one_line(error)}") from None
+
+
+def from_yaml(schema: type[VerbConfig], content: bytes, path: str) -> dict[str, Any]:
+    """The keys of YAML that lies at a path, such as the `config.yaml` that a run has left."""
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such file: {path}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(content)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines for {schema.verb}")

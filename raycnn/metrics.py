@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -226,6 +228,19 @@ class Metrics:
         if not (rows := self.rows):
             raise DataError("no labelled image could be read, so there is nothing to measure")
         return rows
+
+
+def confused_pairs(confusion: npt.ArrayLike) -> list[tuple[int, int, int]]:
+    """(images, label, prediction) for each cell off the diagonal that is not empty, the most frequent first.
+
+    Args:
+        confusion: int64 (C, C), images by label (row) and prediction (column).
+    """
+    counts = np.array(confusion)
+    np.fill_diagonal(counts, 0)
+    labels, predictions = counts.nonzero()
+    found = zip(counts[labels, predictions].tolist(), labels.tolist(), predictions.tolist(), strict=True)
+    return sorted(found, key=lambda pair: (-pair[0], *pair[1:]))
 
 
 def _histogram(bins: Tensor, weights: Tensor, size: int) -> Tensor:

@@ -33,10 +33,11 @@ from PIL import Image, ImageDraw
 
 from raycnn import images
 from raycnn.config import ReviewConfig
+from raycnn.drawing.canvas import FRAME, GROUND, INK, QUIET, WARNING, Colour
+from raycnn.drawing.lettering import shortened, written
 from raycnn.errors import Bad, ConfigError, DataError, Status
 from raycnn.exchange import READ_THREADS, FinishedLabels, Progress
 from raycnn.ledger import UnitRef, fingerprint_id
-from raycnn.reporting.lettering import shortened, written
 from raycnn.shards import Slice, open_collection, path_order
 from raycnn.storage import Store, open_store
 
@@ -55,9 +56,6 @@ SHEET_WIDTH, MARGIN, GAP, COLUMNS = 1600, 40, 20, 8
 CELL = (SHEET_WIDTH - 2 * MARGIN + GAP) // COLUMNS - GAP
 CELL_HEIGHT = CELL + 100
 TOP = MARGIN + 96
-
-Colour = tuple[int, int, int]
-INK, QUIET, FRAME, GROUND, WARNING = (23, 28, 38), (98, 106, 120), (214, 218, 226), (240, 242, 246), (178, 24, 43)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_what_it_made_lies_where_it_says(demonstrated: Demonstrated):
         assert Path(file).stat().st_size > 5000
     page = Path(report.report).read_text()
     assert f"{report.correct} of {report.evaluated_rows} test images" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 4  # confused, mistakes, filters; and feature maps
     told = "\n".join(report.readable())
     for place in (report.report, report.bundle, report.labels, report.photos, report.truth, report.packed):
         assert Path(place).exists()

@@ -12,8 +12,9 @@ from PIL import Image
 from raycnn import bundle as bundles
 from raycnn.bundle import Bundle
 from raycnn.config import ImageSpec
+from raycnn.drawing.canvas import FRAME, NEGATIVE, POSITIVE
 from raycnn.errors import DataError
-from raycnn.explaining import FRAME, NEGATIVE, POSITIVE, SHARE, TROUGH, feature_maps_picture, filters_picture
+from raycnn.explaining import SHARE, TROUGH, feature_maps_picture, filters_picture
 from raycnn.models import build, feature_maps, first_filters
 
 GRAY = ImageSpec(height=12, width=12, channels=1, crop=1.0, mean=(0.45,), std=(0.22,))

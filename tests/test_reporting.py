@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from raycnn.evaluating import EvaluateReport
 from raycnn.metrics import Metrics
 from raycnn.models import build
 from raycnn.reporting import Picture, ProgressLine, write_report
+from raycnn.shards.order import Cursor
 from raycnn.storage import open_store
 from raycnn.training import Checkpoints
 
@@ -191,10 +193,69 @@ def test_without_an_evaluation_the_report_shows_the_best_checkpoint_on_validatio
     metrics = counted(2, {(0, 1): 20})
     url = run_folder(tmp_path / "run", ("ant", "bee"), metrics, epochs=2)
     checkpoints = Checkpoints(open_store(url))
-    checkpoints.save({"validation": counted(2, {(0, 1): 60}).to_vector()}, 0, 0.5)
-    checkpoints.save({"validation": metrics.to_vector()}, 1, 0.8)
+    checkpoints.save({"validation": counted(2, {(0, 1): 60}).to_vector()}, Cursor(0, 0), 0.5)
+    checkpoints.save({"validation": metrics.to_vector()}, Cursor(1, 0), 0.8)
     write_report(url)
     assert "80 of 100 val images" in page_of(url).text
+
+
+def test_the_report_shows_the_pictures_that_the_run_has_left(tmp_path: Path):
+    metrics = counted(2, {(0, 1): 3})
+    url = run_folder(tmp_path / "run", ("ant", "bee"), metrics)
+    for name in ("curves", "confusion", "confused", "mistakes", "filters"):
+        open_store(url).put(f"pictures/{name}.png", PNG + name.encode())
+    write_report(url, [Picture("One image", PNG)], evaluated(metrics, ("ant", "bee")))
+    sources = [attributes["src"] for tag, attributes in page_of(url).elements if tag == "img"]
+    shown = [base64.b64decode((source or "").removeprefix("data:image/png;base64,")) for source in sources]
+    # Curves and the matrix of two classes are in the report already, as figures that a person can read.
+    assert shown == [PNG + b"confused", PNG + b"mistakes", PNG + b"filters", PNG]
+
+
+def with_times(url: str, *times: dict[str, float] | None) -> Page:
+    """The report of the run whose epochs have spent their time so."""
+    store = open_store(url)
+    lines = [json.loads(line) for line in store.get("metrics.jsonl").decode().splitlines()]
+    lines = [line | ({"time": time} if time is not None else {}) for line, time in zip(lines, times, strict=True)]
+    store.put("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_report(url, (), evaluated(counted(2, {}), ("ant", "bee")))
+    return page_of(url)
+
+
+def test_the_report_says_where_the_time_goes_and_that_data_hold_the_run_up(tmp_path: Path):
+    url = run_folder(tmp_path / "run", ("ant", "bee"), counted(2, {}))
+    spent = {"forward": 0.3, "data": 0.2, "validation": 0.1}
+    page = with_times(url, None, spent, spent | {"data": 0.4, "new": 0.1})
+    assert page.table("part") == [
+        [" waiting for data", "30.0%"],
+        [" forward", "30.0%"],
+        [" validation", "10.0%"],
+        [" new", "5.0%"],
+        [" other", "25.0%"],
+    ]
+    told = "".join(page.text)
+    assert "30% of the time it has waited for images" in told
+    assert "--cache-gib" in told
+    widths = [a["style"] for tag, a in page.elements if tag == "i" and "style" in a]
+    assert widths[:5] == ["width:30.00%", "width:30.00%", "width:10.00%", "width:5.00%", "width:25.00%"]
+
+
+def test_the_report_does_not_blame_data_that_came_in_time(tmp_path: Path):
+    url = run_folder(tmp_path / "run", ("ant", "bee"), counted(2, {}))
+    told = "".join(with_times(url, *[{"data": 0.02, "forward": 0.4, "backward": 0.5}] * 3).text)
+    assert "Data came in time: 2% of the time was spent waiting for it, 50% on backward." in told
+    assert "held up" not in told
+
+
+def test_a_run_that_has_not_measured_its_time_has_a_report_all_the_same(animals: Page):
+    assert "Where the time goes" not in animals.text
+
+
+def test_the_report_says_what_repeats_the_run(tmp_path: Path):
+    url = run_folder(tmp_path / "a run", ("ant", "bee"), counted(2, {}))
+    write_report(url, (), evaluated(counted(2, {}), ("ant", "bee")))
+    (command,) = (text for text in page_of(url).text if text.startswith("raycnn train"))
+    words = shlex.split(command)
+    assert words == ["raycnn", "train", "--config", f"{url}/config.yaml", "--run", f"{url}-again"]
 
 
 def test_the_report_is_not_written_again_when_nothing_has_changed(tmp_path: Path):
@@ -310,6 +371,15 @@ def test_a_sign_of_life_says_what_is_done_where_nothing_can_be_counted(watched: 
     assert watched.at(10) == ["    still at work, 0:10  planning: 3,000 images listed"]
     watched.line({"kind": "note", "text": "planned"})
     assert [line for second in range(10, 21) for line in watched.at(second)][-1:] == ["    still at work, 0:10"]
+
+
+def test_an_epoch_that_was_held_up_by_data_says_so(watched: Watched):
+    epoch = {"kind": "epoch", "epochs": 9, "train/loss": 1.0, "val/loss": 1.0, "images_per_s": 9.0, "epoch": 0}
+    for waiting in (0.04, 0.31):
+        watched.line(epoch | {"metrics/accuracy_top1": 0.5, "time": {"data": waiting, "forward": 0.5}})
+    before, after = watched.stream.getvalue().splitlines()
+    assert "waiting" not in before
+    assert after.endswith("9 images/s  31% waiting for data")
 
 
 def test_after_the_last_epoch_the_line_no_longer_claims_to_train(watched: Watched):

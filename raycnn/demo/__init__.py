@@ -48,6 +48,7 @@ BUCKET = "raycnn-demo"
 TRANSFERS = 16
 """Small objects that are written or copied at a time."""
 EVALUATION = "evaluation.json"
+FILTERS = "filters.png"
 COPIED = ".copied.json"
 """In the demo's folder: what of it was copied from the store, by this run or an earlier one."""
 
@@ -172,7 +173,10 @@ class _Demo:
         truth, labelled, verified, correct = self._label(bundle, collection, split)
         self._note("6/7 draw what the network has learned, and write the report")
         pictures, photo = self._pictures(bundle, truth)
-        write_report(self._url("run"), [Picture(title, png) for _, title, png in pictures], evaluated)
+        # The filters are among the run's own pictures.
+        write_report(
+            self._url("run"), [Picture(title, png) for name, title, png in pictures if name != FILTERS], evaluated
+        )
         self._note(f"7/7 copy the results to {self._home}")
         self._keep(truth)
         for name, _, png in pictures:
@@ -292,7 +296,7 @@ class _Demo:
                 maps = explaining.feature_maps_picture(bundle, encoded, name)
                 filters = explaining.filters_picture(bundle)
                 return [
-                    ("filters.png", "What the first layer has learned", filters),
+                    (FILTERS, "What the first layer has learned", filters),
                     ("feature-maps.png", f"One held-out image, {photo}, layer by layer", maps),
                 ], photo
         raise DataError(f"{photos.address()}: none of the held-out images can be read")

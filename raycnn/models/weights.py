@@ -15,7 +15,7 @@ from torch import Tensor
 from raycnn.config import ImageSpec, absolute, nearest
 from raycnn.errors import BundleError, ConfigError, ObjectMissing, StorageError
 from raycnn.models.architectures import CLASSIC, TIMM, checked, checked_timm, import_timm, timm_spec
-from raycnn.storage import Store, open_store
+from raycnn.storage import file_at
 
 # What torch.load raises for files that are no state dict: seen with 30,000 mutated ones.
 _UNREADABLE = (
@@ -116,7 +116,7 @@ def read_weights(url: str) -> dict[str, Tensor]:
 
 def read_file(url: str) -> bytes:
     """The bytes of one file, local or s3://."""
-    store, leaf = _place(url)
+    store, leaf = file_at(url)
     return store.get(leaf)
 
 
@@ -127,17 +127,10 @@ def require_file(url: str) -> str:
         ObjectMissing: it does not.
         StorageError: the store cannot be asked.
     """
-    store, leaf = _place(url)
+    store, leaf = file_at(url)
     if store.head(leaf) is None:
         raise ObjectMissing(f"{store.address(leaf)}: does not exist; check the path")
     return absolute(url)
-
-
-def _place(url: str) -> tuple[Store, str]:
-    """The store that holds a file, and the file's path there."""
-    path, mark, options = absolute(url).partition("?")
-    folder, _, leaf = path.rpartition("/")
-    return open_store((folder or "/") + mark + options), leaf
 
 
 def parse_weights(data: bytes, source: str) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 import math
 from html import escape
-from itertools import pairwise
 from typing import NamedTuple
+
+from raycnn.drawing.axes import apart, ticks
 
 CHART_WIDTH, CHART_HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 56, 68, 34, 40
@@ -29,9 +30,9 @@ def chart(title: str, curves: list[Curve], number: str, low: float | None = None
         high: what no tick lies above.
     """
     values = [v for c in curves for v in c.values if math.isfinite(v)] or [0.0]
-    ticks = _ticks(min(values) if low is None else low, max(values))
-    frame = _Frame(len(curves[0].values), [t for t in ticks if high is None or t <= high], values)
-    labels = _apart([frame.y(c.values[-1]) for c in curves], 32)
+    scale = ticks(min(values) if low is None else low, max(values))
+    frame = _Frame(len(curves[0].values), [t for t in scale if high is None or t <= high], values)
+    labels = apart([frame.y(c.values[-1]) for c in curves], 32, TOP + 2, CHART_HEIGHT - BOTTOM - 8)
     drawn = "".join(_line(curve, frame, number, y) for curve, y in zip(curves, labels, strict=True))
     shape = f'viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{escape(title)} by epoch"'
     return f'<svg {shape}><text x="{LEFT}" y="16" class="title">{escape(title)}</text>{frame.drawn()}{drawn}</svg>'
@@ -83,25 +84,3 @@ def _line(curve: Curve, frame: _Frame, number: str, label_y: float) -> str:
     parts.append(f'<text {at} y="{label_y - 2:.1f}">{curve.name}</text>')
     parts.append(f'<text {at} y="{label_y + 11:.1f}">{number.format(curve.values[-1])}</text>')
     return "".join(parts)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers that enclose [low, high]."""
-    if low == high:
-        low, high = low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10
-    span = high - low
-    raw = span / 4
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _apart(places: list[float], gap: float) -> list[float]:
-    """The same places, moved so that no two are nearer than `gap`, and none leaves the chart."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = list(places)
-    for before, after in pairwise(order):
-        moved[after] = max(moved[after], moved[before] + gap)
-    over = max(0.0, max(moved) - (CHART_HEIGHT - BOTTOM - 8))
-    return [max(TOP + 2, m - over) for m in moved]

@@ -2,8 +2,7 @@
 
 import base64
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +10,10 @@ import yaml
 
 import raycnn
 from raycnn.config import TrainConfig
+from raycnn.drawing.axes import MATRIX_CLASSES, strength
 from raycnn.errors import DataError
 from raycnn.reporting.charts import Curve, chart
+from raycnn.reporting.progress import WAITING
 from raycnn.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -20,11 +21,28 @@ if TYPE_CHECKING:
     from raycnn.training import RateReport, TrainReport
 
 REPORT = "report.html"
-MATRIX_CLASSES = 30
-"""Up to so many classes the whole confusion matrix is shown; beyond, the pairs that are confused most."""
 PAIRS = 30
 NAME_LENGTH = 24
 """Longer class names are cut off in the matrix."""
+PARTS = {
+    "data": "waiting for data",
+    "augment": "augmentation",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "all_reduce": "all-reduce",
+    "checkpoint": "checkpoint",
+    "validation": "validation",
+}
+"""What the time of an epoch goes into, by its name in metrics.jsonl."""
+OTHER = "other"
+RUN_PICTURES = {
+    "confusion.png": "What is confused, class by class",
+    "confused.png": "What the confused images look like",
+    "mistakes.png": "The most confident mistakes",
+    "filters.png": "What the first layer has learned",
+}
+"""Of the pictures in a run folder those that the report has nothing else for."""
 THRESHOLDS = (0.5, 0.8, 0.9, 0.96, 0.99)
 
 
@@ -53,7 +71,7 @@ def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "Ev
 
     Args:
         run_url: a folder that `raycnn train` has filled, local or s3://.
-        pictures: shown in this order.
+        pictures: shown in this order, after those of the run.
         evaluation: the counts to show; without one, those of the best checkpoint on the validation split.
 
     Raises:
@@ -67,11 +85,12 @@ def write_report(run_url: str, pictures: Sequence[Picture] = (), evaluation: "Ev
     sections = [
         _tiles(counts, history, bundle),
         _section("Learning curves", _curves(history)),
+        _time(history),
         _confusion(counts, bundle["label_names"]) if counts else "",
         _classes(counts) if counts else "",
         _trust(json.loads(store.get("bundle/validation.json"))),
-        *(_section(p.title, _picture(p)) for p in pictures),
-        _section("Configuration", _config_table(config)),
+        *(_section(p.title, _picture(p)) for p in (*_run_pictures(store, len(bundle["label_names"])), *pictures)),
+        _section("Configuration", _config_table(config) + _repeat(store)),
     ]
     title = f"{bundle['model']} on {config['data']}"
     page = _page(title, store.address(), "\n".join(sections)).encode()
@@ -176,6 +195,22 @@ def _picture(picture: Picture) -> str:
     return f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
 
 
+def _run_pictures(store: Store, classes: int) -> Iterator[Picture]:
+    """Those in the run folder. Where the whole matrix is a table, a picture of it would say nothing new."""
+    from raycnn.training import PICTURES
+
+    for name, title in RUN_PICTURES.items():
+        path = f"{PICTURES}/{name}"
+        if (name != "confusion.png" or classes > MATRIX_CLASSES) and store.head(path) is not None:
+            yield Picture(title, store.get(path))
+
+
+def _repeat(store: Store) -> str:
+    from raycnn.training import repeat_command
+
+    return f'<p class="quiet">The same run again: <code>{escape(repeat_command(store))}</code></p>'
+
+
 def _config_table(config: Mapping[str, Any]) -> str:
     return _table(("setting", "value"), ((escape(str(k)), escape(_plain(v))) for k, v in config.items()), "text")
 
@@ -206,11 +241,64 @@ def _curves(history: list[dict[str, Any]]) -> str:
     return f'<div class="charts">{loss}{accuracy}</div>{details}'
 
 
+# -- time ---------------------------------------------------------------------------------------------------
+
+
+def _time(history: list[dict[str, Any]]) -> str:
+    """What the time went into as one bar; nothing for a run that has not measured it."""
+    shares = time_shares(history)
+    if not shares:
+        return ""
+    places = {name: place for place, name in enumerate((*PARTS, OTHER))}
+    bar = "".join(
+        f'<i class="part{places.get(name, places[OTHER])}" style="width:{share:.2%}" '
+        f'title="{escape(_named(name))}: {share:.1%}"></i>'
+        for name, share in shares.items()
+    )
+    rows = (
+        (f'<i class="key part{places.get(name, places[OTHER])}"></i> {escape(_named(name))}', f"{share:.1%}")
+        for name, share in shares.items()
+    )
+    table = _table(("part", "share"), rows)
+    return _section("Where the time goes", f'<div class="shares">{bar}</div>{table}', _bottleneck(shares))
+
+
+def time_shares(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares of the time of all epochs that have measured it, summing up to 1, as a step goes through them."""
+    timed = [line for line in history if line.get("time")]
+    seconds = sum(line["seconds"] for line in timed)
+    if not seconds:
+        return {}
+    found = {name for line in timed for name in line["time"]}
+    order = [*(name for name in PARTS if name in found), *sorted(found.difference(PARTS))]
+    shares = {n: sum(line["seconds"] * line["time"].get(n, 0.0) for line in timed) / seconds for n in order}
+    left = 1 - sum(shares.values())
+    return shares | ({OTHER: left} if left > 0.001 else {})
+
+
+def _bottleneck(shares: Mapping[str, float]) -> str:
+    waiting, most = shares.get("data", 0.0), max(shares, key=lambda name: shares[name])
+    if waiting > WAITING:
+        return (
+            f"The run is held up by its data: {waiting:.0%} of the time it has waited for images to be read and "
+            "decoded. More CPUs, --cache-gib, or smaller images when packing make up for that."
+        )
+    return (
+        f"Data came in time: {waiting:.0%} of the time was spent waiting for it, {shares[most]:.0%} on {_named(most)}."
+    )
+
+
+def _named(name: str) -> str:
+    return PARTS.get(name, name)
+
+
 # -- tables -------------------------------------------------------------------------------------------------
 
 
 def _confusion(counts: _Counts, class_names: Sequence[str]) -> str:
-    pairs = _pairs(counts.confusion)
+    from raycnn.metrics import confused_pairs
+
+    pairs = confused_pairs(counts.confusion)
     wrong = sum(n for n, _, _ in pairs)
     if len(class_names) > MATRIX_CLASSES:
         note = f"{wrong:,} of {counts.rows:,} {counts.split} images are taken for another class."
@@ -245,18 +333,11 @@ def _short(name: str) -> str:
 def _cell(count: int, share: float, is_right: bool, truth: str, said: str) -> str:
     if not count:
         return "<td></td>"
-    # A square root, so that a confusion of one in a hundred can still be seen.
-    strength = share if is_right else math.sqrt(share)
+    strong = strength(share, is_right)
     kind = "right" if is_right else "wrong"
-    dark = " dark" if strength > 0.6 else ""
+    dark = " dark" if strong > 0.6 else ""
     title = escape(f"{truth}, taken for {said}: {count:,} ({share:.1%})" if not is_right else f"{truth}: {share:.1%}")
-    return f'<td class="{kind}{dark}" style="--s:{strength * 100:.0f}%" title="{title}">{count:,}</td>'
-
-
-def _pairs(confusion: list[list[int]]) -> list[tuple[int, int, int]]:
-    """(images, truth, said) off the diagonal, the most frequent first."""
-    found = [(n, i, j) for i, row in enumerate(confusion) for j, n in enumerate(row) if n and i != j]
-    return sorted(found, key=lambda pair: (-pair[0], pair[1], pair[2]))
+    return f'<td class="{kind}{dark}" style="--s:{strong * 100:.0f}%" title="{title}">{count:,}</td>'
 
 
 def _pair_table(pairs: list[tuple[int, int, int]], confusion: list[list[int]], class_names: Sequence[str]) -> str:
@@ -378,6 +459,12 @@ abbr{text-decoration:none}
 .bar{display:inline-block;width:90px;height:9px;background:var(--line);border-radius:3px}
 .bar+span{display:inline-block;min-width:8ch}
 .bar i{display:block;height:100%;background:var(--train);border-radius:3px}
+.shares{display:flex;height:26px;border-radius:6px;overflow:hidden;background:var(--line);margin-bottom:10px}
+.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:4px}
+.part0{background:#c2570c}.part1{background:#c99a2e}.part2{background:#2563c9}.part3{background:#6d9be8}
+.part4{background:#2f855a}.part5{background:#805ad5}.part6{background:#b83280}.part7{background:#5d7f93}
+.part8{background:#98a2b3}
+code{overflow-wrap:anywhere;font-size:13px}
 .matrix{border-collapse:separate;border-spacing:2px}
 .matrix th,.matrix td{border:0;padding:4px 6px;text-align:center}
 .matrix td{min-width:46px;height:32px;background:var(--card);border-radius:4px}

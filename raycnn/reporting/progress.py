@@ -26,6 +26,8 @@ PLAIN_GAP_S = 2.0
 SILENCE_S = 10.0
 """Where there is no terminal and nothing to count yet, a sign of life: after 10, 20, 40 ... seconds."""
 TICK_S = 0.5
+WAITING = 0.1
+"""Share of an epoch's time above which waiting for data is told: it is what slows the run down."""
 
 
 class Meter:
@@ -217,6 +219,8 @@ def _epoch_text(event: dict[str, Any]) -> str:
         f"accuracy {event['metrics/accuracy_top1']:.2%}",
         f"{event['images_per_s']:,.0f} images/s",
     ]
+    if (waiting := event.get("time", {}).get("data", 0.0)) > WAITING:
+        parts.append(f"{waiting:.0%} waiting for data")
     if skipped := event.get("skipped"):
         parts.append("skipped " + ", ".join(f"{count} {status}" for status, count in sorted(skipped.items())))
     return "  ".join(parts)

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from raycnn.config import nearest
+from raycnn.config import absolute, nearest
 from raycnn.errors import ConfigError
 from raycnn.storage.base import Entry, Store, without_userinfo
 from raycnn.storage.local import LocalStore, scratch_folder
@@ -21,7 +21,7 @@ from raycnn.storage.s3 import OPTIONS, S3Store
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Entry", "Store", "contains", "fsspec_filesystem", "open_store", "scratch_folder"]
+__all__ = ["Entry", "Store", "contains", "file_at", "fsspec_filesystem", "open_store", "scratch_folder"]
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -43,6 +43,13 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     raise ConfigError(
         f"{without_userinfo(url)}: {scheme[1]}: is not supported; use a folder, or s3:// with AWS_ENDPOINT_URL"
     )
+
+
+def file_at(url: str) -> tuple[Store, str]:
+    """The store that holds one file, and the file's path there."""
+    path, mark, options = absolute(url).partition("?")
+    folder, _, leaf = path.rpartition("/")
+    return open_store((folder or "/") + mark + options), leaf
 
 
 def _open_s3(url: str) -> S3Store:

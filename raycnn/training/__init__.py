@@ -7,10 +7,12 @@ nothing to do when it is finished.
     run.json                        what the run is bound to: its data and its lanes
     checkpoints/slot-N.safetensors  model, optimizer, validation counts; slot-N.json is its marker, written last
     metrics.jsonl, tensorboard/     one line, one point for each epoch
+    bad.jsonl                       the training images that cannot be read
+    pictures/                       curves, learned filters, confusion, mistakes, as PNGs
     bundle/                         the best epoch's model
 """
 
-from raycnn.training.folder import Checkpoints
+from raycnn.training.folder import PICTURES, Checkpoints, repeat_command
 from raycnn.training.start import RateReport, TrainReport, find_rate, image_spec, train
 
-__all__ = ["Checkpoints", "RateReport", "TrainReport", "find_rate", "image_spec", "train"]
+__all__ = ["PICTURES", "Checkpoints", "RateReport", "TrainReport", "find_rate", "image_spec", "repeat_command", "train"]

@@ -2,22 +2,28 @@
 
 import hashlib
 import json
+import shlex
+import struct
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from raycnn.config import TrainConfig, to_yaml
-from raycnn.errors import ConfigError, StorageError
-from raycnn.shards import MANIFEST, PackedCollection
+from raycnn.drawing.canvas import encoded
+from raycnn.errors import Bad, ConfigError, StorageError
+from raycnn.shards import MANIFEST, PackedCollection, key_hash
 from raycnn.shards.order import Cursor, lanes_for
 from raycnn.storage import Store
 
-CONFIG, IDENTITY, DATA = "config.yaml", "run.json", "data"
+CONFIG, IDENTITY, DATA, PICTURES = "config.yaml", "run.json", "data", "pictures"
 FIND_LR, FIND_LR_PLOT = "find_lr.json", "find_lr.png"
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
@@ -257,6 +263,55 @@ class History:
         self._store.put(self.PATH, "".join(json.dumps(entry) + "\n" for entry in self.lines).encode())
 
 
+class BadImages:
+    """bad.jsonl: the training images that cannot be read, each once, and how many are not listed."""
+
+    PATH = "bad.jsonl"
+    MOST = 1000
+    """Lines of images; a last line `{"not_listed": N}` counts the others."""
+
+    def __init__(self, store: Store) -> None:
+        """Go on with the lines that there are."""
+        self._store, self._is_written = store, True
+        text = store.get(self.PATH).decode() if store.head(self.PATH) else ""
+        lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self._lines = {line["key"]: line for line in lines if "key" in line}
+        # Of those that are not listed an earlier process has told the number alone, and this one will meet them again.
+        self._earlier = sum(line.get("not_listed", 0) for line in lines)
+        self._others: set[int] = set()
+
+    def add(self, key: str, bad: Bad) -> None:
+        """One more; an image that was met before, in an earlier epoch, changes nothing."""
+        if key in self._lines:
+            return
+        if len(self._lines) < self.MOST:
+            self._lines[key] = {"key": key, "status": str(bad.status), "detail": bad.detail}
+            self._is_written = False
+            return
+        before = self._not_listed
+        self._others.add(key_hash(key, "raycnn-bad"))
+        self._is_written &= before == self._not_listed
+
+    @property
+    def _not_listed(self) -> int:
+        return max(self._earlier, len(self._others))
+
+    def write(self) -> None:
+        """Bring the file up to date, where something has changed."""
+        if self._is_written:
+            return
+        last = [{"not_listed": self._not_listed}] if self._not_listed else []
+        self._store.put(self.PATH, "".join(json.dumps(e) + "\n" for e in (*self._lines.values(), *last)).encode())
+        self._is_written = True
+
+
+def repeat_command(store: Store) -> str:
+    """What repeats the run in a folder into another one beside it, from the configuration that it has left."""
+    options = store.url.removeprefix(store.address())
+    again = f"{store.address()}-again{options}"
+    return f"raycnn train --config {shlex.quote(store.child(CONFIG).url)} --run {shlex.quote(again)}"
+
+
 class TensorBoard:
     """An event file below `tensorboard/`, uploaded after every epoch; in memory until then: a worker may be killed.
 
@@ -286,10 +341,12 @@ class TensorBoard:
     def directory_check(self, path: str) -> None:
         """No folder has to be made."""
 
-    def add(self, line: dict[str, Any]) -> None:
-        """One point for each of the line's numbers."""
+    def add(self, line: dict[str, Any], images: Mapping[str, bytes | npt.NDArray[np.uint8]] | None = None) -> None:
+        """One point for each of the line's numbers and for each image: a PNG, or pixels (H, W, 1 or 3)."""
         from tensorboardX.summary import scalar
 
+        for name, image in (images or {}).items():
+            self._write(line["step"], summary=_image(name, image if isinstance(image, bytes) else encoded(image)))
         for name, value in line.items():
             if isinstance(value, int | float) and name not in ("epoch", "step"):
                 self._write(line["step"], summary=scalar(name, value))
@@ -303,6 +360,14 @@ class TensorBoard:
 
     def __exit__(self, *error: object) -> None:
         """Nothing is open."""
+
+
+def _image(name: str, png: bytes) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 class _EventFile:

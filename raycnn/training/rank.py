@@ -22,6 +22,7 @@ from raycnn.storage import open_store
 from raycnn.training.folder import (
     FIND_LR,
     FIND_LR_PLOT,
+    PICTURES,
     Checkpoints,
     History,
     Saving,
@@ -29,7 +30,7 @@ from raycnn.training.folder import (
     ended,
     resume_at,
 )
-from raycnn.training.pictures import find_lr_picture
+from raycnn.training.pictures import find_lr_picture, run_pictures
 
 PIECE_BYTES = 96 * MIB
 """Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
@@ -341,6 +342,8 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
     tensors = checkpoints.load(best)
     metrics = Metrics.from_vector(tensors[VALIDATION], len(packed.class_names))
     classifier.load_state_dict(loop.evaluated_weights(tensors))
+    for name, png in run_pictures(classifier.eval(), packed, metrics, History(store).lines).items():
+        store.put(f"{PICTURES}/{name}", png)
     piece = next(packed.select("val", Counter()))
     samples = [s.encoded for s in packed.read([piece]) if s.encoded][: SELFTEST_IMAGES * 2]
     good = [s for s in samples if not isinstance(images.pixels(s, classifier.spec), Bad)][:SELFTEST_IMAGES]

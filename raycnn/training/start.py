@@ -34,6 +34,7 @@ from raycnn.training.folder import (
     claim,
     claimed,
     ended,
+    repeat_command,
     resume_at,
 )
 from raycnn.training.rank import check_bad, work
@@ -54,6 +55,8 @@ class TrainReport:
     skipped: dict[str, int]
     run: str
     resumed_at_epoch: int
+    repeat: str
+    """The command that does the same again, into another folder."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def _report(store: Store, resumed_at: int) -> TrainReport:
         skipped=lines[-1]["skipped"],
         run=store.url,
         resumed_at_epoch=resumed_at,
+        repeat=repeat_command(store),
     )
 
 
