@@ -71,12 +71,12 @@ class Cache:
     def __init__(self, folder: Path, geometry: Geometry, rows: int, budget: int, say: Callable[[str], None]) -> None:
         """Open a folder that `open_cache` has made."""
         self._geometry, self._budget, self._say = geometry, budget, say
-        self._is_full = False
-        self._files = [os.open(folder / name, os.O_RDWR) for name in ("index", "pixels")]
+        self._is_full, self._completing = False, None
+        self._files = [(folder / name).open("r+b", buffering=0) for name in ("index", "pixels")]
         fcntl.flock(self._files[0], fcntl.LOCK_SH)  # so that nobody removes it
-        self._index = mmap.mmap(self._files[0], _index_bytes(rows))
+        self._index = mmap.mmap(self._files[0].fileno(), _index_bytes(rows))
         self.pixels = np.frombuffer(
-            mmap.mmap(self._files[1], rows * geometry.slot_bytes, prot=mmap.PROT_READ), np.uint8
+            mmap.mmap(self._files[1].fileno(), rows * geometry.slot_bytes, prot=mmap.PROT_READ), np.uint8
         )
         """uint8 (rows, slot_bytes): each image's height x width x channels bytes, and whatever follows."""
         self.pixels = self.pixels.reshape(rows, geometry.slot_bytes)
@@ -103,7 +103,7 @@ class Cache:
         states = [1 + STATES.index(Status(text.split("\t", 1)[0])) if text else 1 for text in block["bad"]]
         self._label[rows], self._key[rows], self._size[rows] = block["label"], block["key"], size
         try:
-            if os.fstat(self._files[1]).st_blocks * 512 > self._budget:
+            if os.fstat(self._files[1].fileno()).st_blocks * 512 > self._budget:
                 raise OSError("cache_gib is used up")
             self._write(rows, pixels, size)
         except OSError as error:
@@ -112,7 +112,8 @@ class Cache:
             return False
         self._state[rows] = states
         if self._state.all():
-            threading.Thread(target=self._complete, name="decoded cache", daemon=True).start()
+            self._completing = threading.Thread(target=self._complete, name="decoded cache", daemon=True)
+            self._completing.start()
         return True
 
     def _write(self, rows: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8], size: npt.NDArray[np.int32]) -> None:
@@ -123,20 +124,22 @@ class Cache:
         is_apart[1:] |= lengths[:-1] < slot
         starts = np.flatnonzero(is_apart)
         for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-            _write_at(self._files[1], pixels[order[start:stop], : lengths[start]], int(rows[start]) * slot)
+            _write_at(self._files[1].fileno(), pixels[order[start:stop], : lengths[start]], int(rows[start]) * slot)
 
     def _complete(self) -> None:
         with contextlib.suppress(OSError):
-            os.fsync(self._files[1])
+            os.fsync(self._files[1].fileno())
             self._index.flush()
             self._header["is_complete"] = 1
             self._index.flush()
 
     def close(self) -> None:
-        """Others may remove it now."""
+        """Wait until what is complete is known to be on the disk; others may remove it now."""
+        if self._completing is not None:
+            self._completing.join()
         fcntl.flock(self._files[0], fcntl.LOCK_UN)
         for file in self._files:
-            os.close(file)
+            file.close()
 
 
 def open_cache(digest: str, geometry: Geometry, rows: int, budget: int, say: Callable[[str], None]) -> Cache | None:

@@ -278,6 +278,6 @@ def _framed(
 def _flat_rows(part: Block, cache: Cache | None) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Where the flat pixels of a part are, and in which rows."""
     if "pixels" in part:
-        return part["pixels"], np.arange(len(part["row"]))
+        return part["pixels"], np.arange(len(part["label"]))
     assert cache is not None
     return cache.pixels, part["row"]
