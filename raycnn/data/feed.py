@@ -125,7 +125,7 @@ def decode(
     spec: dict[str, Any],
     seed: int | None = None,
     crop_scale: float = 1.0,
-    geometry: Sequence[int] | None = None,
+    geometry: Sequence[Any] | None = None,
 ) -> Block:
     """Read and decode the pieces of one item.
 

@@ -323,10 +323,10 @@ class _Run:
             yield piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
 
     def _most_rows(self) -> int:
-        """That one task may decode."""
-        spec = self._spec
-        size = self._geometry.slot_bytes if self._geometry else spec.height * spec.width * spec.channels
-        return max(1, min(PIECE_ROWS, PIECE_BYTES // size))
+        """That one task may decode, of the training or of the validation split."""
+        sizes = [self._spec.height * self._spec.width * self._spec.channels]
+        sizes += [self._geometry.slot_bytes] if self._geometry else []
+        return max(1, min(PIECE_ROWS, PIECE_BYTES // max(sizes)))
 
     def _cache(self, geometry: data.Geometry) -> data.Cache | None:
         budget = int(self._config.cache_gib * GIB)
@@ -413,6 +413,5 @@ def _say_nothing(text: str) -> None:
 
 
 def _to_torch(taken: data.FeedBatch) -> loop.Batch:
-    arrays = (taken.pixels, taken.labels, taken.keys, taken.lanes)
-    sizes = None if taken.sizes is None else torch.from_numpy(taken.sizes)
-    return loop.Batch(*map(torch.from_numpy, arrays), sizes)
+    pixels, labels, keys, lanes = map(torch.from_numpy, (taken.pixels, taken.labels, taken.keys, taken.lanes))
+    return loop.Batch(pixels, labels, keys, lanes, None if taken.sizes is None else torch.from_numpy(taken.sizes))
