@@ -155,7 +155,7 @@ def open_cache(digest: str, geometry: Geometry, rows: int, budget: int, say: Cal
         budget: Bytes on disk that all that is kept may take.
         say: Is told, once, why no more can be kept.
     """
-    shape = hashlib.sha256(repr((FORMAT, images.DECODER, geometry, rows)).encode()).hexdigest()[:8]
+    shape = hashlib.sha256(repr((FORMAT, STATES, images.DECODER, geometry, rows)).encode()).hexdigest()[:8]
     name = f"{digest[:12]}-{geometry.short or 'as-is'}-{shape}"
     try:
         root = _root()
