@@ -26,6 +26,7 @@ from pydantic import (
 from raycnn.errors import ConfigError, one_line
 
 MIB = 1024 * 1024
+GIB = 1024 * MIB
 
 MAX_IMAGE_BYTES = 64 * MIB
 """Largest encoded image; labels and the endpoint hold to it alike."""

@@ -75,6 +75,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoProcesses
     return TwoProcesses(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images of this session, and of no other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
     """A running S3 server with the bucket `raycnn`, found through the AWS_* variables of this process."""

@@ -31,12 +31,12 @@ def test_every_row_that_is_not_trained_on_is_counted_once():
 def test_images_of_several_sizes_become_one_batch_and_keep_what_was_at_their_top_left():
     parts = [rows([i, i], ["", ""]) for i in range(3)]
     for i, part in enumerate(parts):
-        part["pixels"] = np.full((2, 3 + i, 5 - i, 3), 7 + i, np.uint8)
+        part["pixels"] = np.full((2, 3 * 16), 7 + i, np.uint8)
         part["size"] = np.array([[3 + i, 5 - i], [1, 2]], np.int32)
     made = join(parts, SPEC)
     assert made.sizes is not None
+    assert made.sizes.tolist() == [[3, 5], [1, 2], [4, 4], [1, 2], [5, 3], [1, 2]]
     assert made.pixels.shape == (6, 5, 5, 3)
-    for i, size in enumerate(made.sizes[::2]):
-        assert size.tolist() == [3 + i, 5 - i]
-        assert (made.pixels[2 * i, : 3 + i, : 5 - i] == 7 + i).all()
-        assert made.pixels[2 * i].sum(dtype=int) == (3 + i) * (5 - i) * 3 * (7 + i)
+    for i, (frame, (height, width)) in enumerate(zip(made.pixels, made.sizes, strict=True)):
+        assert (frame[:height, :width] == 7 + i // 2).all()
+        assert frame.sum(dtype=int) == height * width * 3 * (7 + i // 2)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from raycnn.config import ImageSpec, Limits
 from raycnn.errors import Bad, RaycnnError, Status
-from raycnn.images import center_box, decode, pixels, random_box, read_header
+from raycnn.images import center_box, decode, pixels, random_box, read_header, whole, whole_size
 from raycnn.images.isolated import Isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # it warns before it fails
@@ -515,6 +515,24 @@ def test_a_large_jpeg_is_decoded_smaller_with_nearly_the_same_pixels(side, orien
         pixels(encode(smooth, "JPEG"), SPEC, lambda *_: tight),
         pixels(encode(decode(encode(smooth, "JPEG"), 3), "PNG"), SPEC, lambda *_: tight),
     )
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (300, 900), (900, 300), (40, 100), (1, 9)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_whole_image_keeps_its_shape_up_to_twice_its_short_side_and_is_never_enlarged(height, width, orientation):
+    image = Image.fromarray(np.repeat(np.linspace(0, 255, width)[None], height, 0).astype(np.uint8))
+    seen = image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_270)
+    made = whole(encode(image, "JPEG", quality=95, exif=exif(orientation)), 60, 1)
+    assert not isinstance(made, Bad)
+    short, (wide, tall) = min(height, width), seen.size
+    share = min(1, 60 / short)
+    assert made.shape[:2] == (round(min(tall, 2 * short) * share), round(min(wide, 2 * short) * share))
+    assert made.shape[:2] == whole_size(tall, wide, 60)
+    box_width, box_height = min(wide, 2 * short), min(tall, 2 * short)
+    left, top = (wide - box_width) // 2, (tall - box_height) // 2
+    cut = seen.crop((left, top, left + box_width, top + box_height))
+    cut = cut.resize(made.shape[1::-1], Image.Resampling.BILINEAR)
+    assert np.abs(made[..., 0].astype(int) - np.array(cut)).mean() < 3
 
 
 def test_pixels_do_not_depend_on_the_number_of_threads():

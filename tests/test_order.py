@@ -20,7 +20,8 @@ def visited(groups: list[Slice], seed: int, epoch: int, batch_size: int, lanes: 
     for rank in range(workers):
         owned = [lane for lane in range(lanes) if lane % workers == rank]
         waiting: dict[int, list[tuple[int, int]]] = {lane: [] for lane in owned}
-        pieces = iter(epoch_pieces(groups, seed, cursor, batch_size, lanes, owned, max_rows=10 * workers + 7))
+        most, head = 10 * workers + 7, 3 * (workers // 2)
+        pieces = iter(epoch_pieces(groups, seed, cursor, batch_size, lanes, owned, most, head))
         for step, seen in enumerate(steps, first):
             for lane, count in step_counts(rows, batch_size, lanes, owned, step):
                 while len(waiting[lane]) < count:

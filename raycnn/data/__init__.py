@@ -14,15 +14,19 @@ from raycnn.data.budget import (
     plan_training,
     plan_units,
 )
+from raycnn.data.cache import Cache, Geometry, geometry_of, open_cache
 from raycnn.data.cluster import call_early, connect, is_connected, resources, session, user_errors
 from raycnn.data.decoding import Decoder, groups, read_ahead
-from raycnn.data.feed import FeedBatch, LaneBuffers, decode_piece, join, row_ranges
+from raycnn.data.feed import Block, FeedBatch, LaneBuffers, decode, items_of, join, row_ranges, through_cache
 from raycnn.data.pipelines import UnitWorker, map_units, stream
 
 __all__ = [
+    "Block",
     "Board",
+    "Cache",
     "Decoder",
     "FeedBatch",
+    "Geometry",
     "LaneBuffers",
     "Node",
     "Progress",
@@ -35,11 +39,14 @@ __all__ = [
     "Waiting",
     "call_early",
     "connect",
-    "decode_piece",
+    "decode",
+    "geometry_of",
     "groups",
     "is_connected",
+    "items_of",
     "join",
     "map_units",
+    "open_cache",
     "plan_elastic",
     "plan_serving",
     "plan_stages",
@@ -50,5 +57,6 @@ __all__ = [
     "row_ranges",
     "session",
     "stream",
+    "through_cache",
     "user_errors",
 ]

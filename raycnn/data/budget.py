@@ -137,9 +137,10 @@ def plan_stages(verb: str, now: Resources, limit: Resources, units: int) -> Stag
 def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPlan:
     """Each training worker gets an equal share of the CPUs, of which its decode tasks get a part that is its own.
 
-    On CPUs half a share trains, though never more than half a node, and the rest decodes; beside a GPU one CPU
-    drives it. Where that leaves less than one CPU for each, workers and tasks all get the same fraction, so that
-    1 CPU runs 2 workers.
+    On CPUs half a share is reserved to train, though never more than half a node, and the rest to decode; beside a
+    GPU one CPU drives it. Where that leaves less than one CPU for each, workers and tasks all get the same fraction,
+    so that 1 CPU runs 2 workers. Whatever is reserved, torch gets as many threads as its share has CPUs: decoding
+    takes a small part of them, and with the decoded cache none.
 
     Raises:
         ConfigError: too few CPUs or GPUs; with the arithmetic.

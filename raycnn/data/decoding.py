@@ -44,9 +44,9 @@ def groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield group
 
 
-def read_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The items, of which up to AHEAD are made before they are asked for, on a thread; its exception is raised here."""
-    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
+def read_ahead(items: Iterator[T], ahead: int = AHEAD) -> Generator[T, None, None]:
+    """The items, up to `ahead` of them made on a thread before they are asked for; its exception is raised here."""
+    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
     is_over = threading.Event()
 
     def put(item: T | None, error: BaseException | None = None) -> None:

@@ -4,8 +4,9 @@ Nothing here imports torch: a task that decodes does not need it, and it takes s
 """
 
 import functools
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,14 +14,23 @@ import numpy.typing as npt
 
 from raycnn import images
 from raycnn.config import ImageSpec
+from raycnn.data.cache import Cache, Geometry
 from raycnn.errors import Bad
-from raycnn.shards import Collection, Slice, key_hash, open_collection
+from raycnn.shards import Collection, Sample, Slice, key_hash, open_collection
 from raycnn.shards.order import row_order
 
 Block = dict[str, np.ndarray]
-"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal (n,) int64, bad (n,) text; and where the
-images differ in size, size (n, 2) int32, the height and width of each at the top left of its zero-padded frame."""
+"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal (n,) int64, bad (n,) text.
 
+Of images that are, or could be, in the decoded cache: row (n,) int64, the place within the split; size (n, 2) int32,
+height and width; and pixels (n, B) uint8, the H x W x C bytes of each and zeros, or none where the cache has them.
+"""
+
+Piece = dict[str, Any]
+"""A `shards.order.Piece` with its row group, `slice`, and `row`, the place of the group's first row in the split."""
+
+FIRST_ROWS = 64
+"""Of the first item that is decoded, so that the first step comes soon."""
 KEY_SALT = "raycnn-augment"
 """Of the hashes of keys that augmentation follows from."""
 
@@ -44,16 +54,62 @@ class FeedBatch(NamedTuple):
     """Rows that have pixels, and no label."""
 
 
-def row_ranges(groups: Sequence[Slice], low: int, high: int, max_rows: int) -> list[dict[str, Any]]:
-    """The rows [low, high) of the groups laid end to end, as items of at most `max_rows` for `decode_piece`."""
-    items, position = [], 0
+def row_ranges(groups: Sequence[Slice], low: int, high: int, max_rows: int) -> list[Piece]:
+    """The rows [low, high) of the groups laid end to end, as pieces of at most `max_rows`."""
+    pieces, position = [], 0
     for index, group in enumerate(groups):
         start, stop = max(low, position), min(high, position + group.rows)
         for at in range(start, stop, max_rows):
-            place = {"epoch": -1, "lane": 0, "group": index, "ordinal": at, "slice": list(group)}
-            items.append(place | {"start": at - position, "stop": min(at + max_rows, stop) - position})
+            place = {"epoch": -1, "lane": 0, "group": index, "ordinal": at, "slice": list(group), "row": position}
+            pieces.append(place | {"start": at - position, "stop": min(at + max_rows, stop) - position})
         position += group.rows
-    return items
+    return pieces
+
+
+def rows_of(piece: Piece, seed: int | None) -> npt.NDArray[np.int64]:
+    """The rows of a piece, within its group: in the order of the seed, or as they stand there without one."""
+    rows = Slice(*piece["slice"]).rows
+    order = np.arange(rows) if seed is None else row_order(rows, seed, piece["epoch"], piece["group"])
+    return order[piece["start"] : piece["stop"]]
+
+
+def items_of(
+    pieces: Iterable[Piece], max_rows: int, seed: int | None = None, cache: Cache | None = None
+) -> Iterator[dict[str, Any]]:
+    """Neighbouring pieces of one epoch as items for `decode`: few rows first, then twice as many, up to `max_rows`.
+
+    An item of which the cache has all rows is `held`, and need not be decoded.
+    """
+    item: dict[str, Any] = {"pieces": []}
+    rows, most, after = 0, FIRST_ROWS, None
+    for piece in pieces:
+        held = cache is not None and cache.holds(piece["row"] + rows_of(piece, seed))
+        count = piece["stop"] - piece["start"]
+        if item["pieces"] and (rows + count > most or after != (held, piece["epoch"])):
+            yield item
+            item, rows, most = {"pieces": []}, 0, min(2 * most, max_rows)
+        item["pieces"].append(piece)
+        item["held"], rows, after = held, rows + count, (held, piece["epoch"])
+    if item["pieces"]:
+        yield item
+
+
+def through_cache(
+    items: Sequence[dict[str, Any]],
+    decoded: Callable[[list[dict[str, Any]]], Iterator[Block]],
+    seed: int,
+    cache: Cache,
+) -> Iterator[Block]:
+    """The items' blocks in their order: those that are held from the cache, the others decoded, and kept there."""
+    missing = [item for item in items if not item["held"]]
+    blocks = decoded(missing) if missing else iter(())
+    for item in items:
+        if item["held"]:
+            rows = [piece["row"] + rows_of(piece, seed) for piece in item["pieces"]]
+            yield cache.columns(np.concatenate(rows)) | _places(item["pieces"])
+        else:
+            block = next(blocks)
+            yield {k: v for k, v in block.items() if k != "pixels"} if cache.keep(block) else block
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,48 +118,86 @@ def _open_once(url: str, digest: str) -> Collection:
     return open_collection(url)
 
 
-def decode_piece(
+def decode(
     item: dict[str, Any],
     url: str,
     digest: str,
     spec: dict[str, Any],
     seed: int | None = None,
     crop_scale: float = 1.0,
+    geometry: Sequence[Any] | None = None,
 ) -> Block:
-    """Read and decode one piece: a random box for each image from (seed, epoch, key), or the centre without a seed."""
+    """Read and decode the pieces of one item.
+
+    A box is taken at random from (seed, epoch, key), or about the centre without a seed. With a geometry whole images
+    are made, of which boxes are taken later.
+    """
     packed, shape = _open_once(url, digest), ImageSpec(**spec)
-    group = Slice(*item["slice"])
-    samples = list(packed.read([group]))
-    order = np.arange(group.rows) if seed is None else row_order(group.rows, seed, item["epoch"], item["group"])
-    chosen = [samples[i] for i in order[item["start"] : item["stop"]]]
-    pixels = np.zeros((len(chosen), shape.height, shape.width, shape.channels), np.uint8)
-    bad = [""] * len(chosen)
-    for i, sample in enumerate(chosen):
-        box = None
-        if seed is not None and crop_scale < 1:
-            rng = np.random.default_rng([seed, item["epoch"], key_hash(sample.key, "raycnn-box")])
-            box = images.random_box(shape, rng, scale=(crop_scale, 1.0))
-        made = sample.bad or images.pixels(sample.encoded, shape, box)
-        if isinstance(made, Bad):
-            bad[i] = f"{made.status}\t{sample.key}: {made.detail}"
-        else:
-            pixels[i] = made
-    return {
-        "pixels": pixels,
+    whole = None if geometry is None else Geometry(*geometry)
+    chosen, made, rows = [], [], []
+    for piece in item["pieces"]:
+        samples, order = list(packed.read([Slice(*piece["slice"])])), rows_of(piece, seed)
+        rows.append(piece["row"] + order)
+        for sample in (samples[i] for i in order):
+            chosen.append(sample)
+            if sample.bad is not None:
+                made.append(sample.bad)
+            elif whole is not None:
+                made.append(_whole(sample, shape, whole))
+            else:
+                made.append(images.pixels(sample.encoded, shape, _box(sample, shape, seed, piece["epoch"], crop_scale)))
+    bad = [f"{m.status}\t{s.key}: {m.detail}" if isinstance(m, Bad) else "" for m, s in zip(made, chosen, strict=True)]
+    block = {
         "label": np.array([-1 if s.label is None else s.label for s in chosen], np.int64),
         "key": np.array([key_hash(s.key, KEY_SALT) for s in chosen], np.uint64).view(np.int64),
-        "lane": np.full(len(chosen), item["lane"], np.int64),
-        "epoch": np.full(len(chosen), item["epoch"], np.int64),
-        "ordinal": item["ordinal"] + np.arange(len(chosen)),
         "bad": np.array(bad, object),
+        **_places(item["pieces"]),
     }
+    if whole is not None:
+        return block | {"row": np.concatenate(rows)} | _flat(made)
+    pixels = np.zeros((len(made), shape.height, shape.width, shape.channels), np.uint8)
+    for i, one in enumerate(made):
+        if not isinstance(one, Bad):
+            pixels[i] = one
+    return block | {"pixels": pixels}
+
+
+def _box(sample: Sample, shape: ImageSpec, seed: int | None, epoch: int, crop_scale: float) -> images.Choose | None:
+    if seed is None or crop_scale == 1:
+        return None
+    rng = np.random.default_rng([seed, epoch, key_hash(sample.key, "raycnn-box")])
+    return images.random_box(shape, rng, scale=(crop_scale, 1.0))
+
+
+def _whole(sample: Sample, shape: ImageSpec, geometry: Geometry) -> images.Pixels | Bad:
+    if geometry.short:
+        return images.whole(sample.encoded, geometry.short, shape.channels)
+    return images.pixels(sample.encoded, shape)
+
+
+def _flat(made: Sequence[images.Pixels | Bad]) -> Block:
+    """Images of several sizes as one array, each of them flat; and their sizes, which are 0 where there is none."""
+    shapes = [(0, 0, 0) if isinstance(one, Bad) else one.shape for one in made]
+    pixels = np.zeros((len(made), max(1, *(math.prod(shape) for shape in shapes))), np.uint8)
+    for i, one in enumerate(made):
+        if not isinstance(one, Bad):
+            pixels[i, : one.size] = one.ravel()
+    return {"pixels": pixels, "size": np.array([shape[:2] for shape in shapes], np.int32)}
+
+
+def _places(pieces: Sequence[Piece]) -> Block:
+    counts = [piece["stop"] - piece["start"] for piece in pieces]
+    columns = {name: np.repeat([piece[name] for piece in pieces], counts) for name in ("lane", "epoch")}
+    ordinals = [np.arange(piece["ordinal"], piece["ordinal"] + n) for piece, n in zip(pieces, counts, strict=True)]
+    return columns | {"ordinal": np.concatenate(ordinals)}
 
 
 class LaneBuffers:
     """Decoded rows that wait for their step, lane by lane; a gap in their order stops the run."""
 
-    def __init__(self, blocks: Iterator[Block], spec: ImageSpec) -> None:
-        self._blocks, self._spec, self._epoch = blocks, spec, -1
+    def __init__(self, blocks: Iterator[Block], spec: ImageSpec, cache: Cache | None = None) -> None:
+        """Take blocks whose pixels are there, or in the cache."""
+        self._blocks, self._spec, self._cache, self._epoch = blocks, spec, cache, -1
         self._waiting: dict[int, deque[Block]] = {}
         self._next: dict[int, int] = {}
 
@@ -115,7 +209,7 @@ class LaneBuffers:
 
     def take(self, counts: list[tuple[int, int]]) -> FeedBatch:
         """The next rows of each lane as one batch, without those that have no pixels or no label."""
-        return join([part for lane, count in counts for part in self._rows(lane, count)], self._spec)
+        return join([part for lane, count in counts for part in self._rows(lane, count)], self._spec, self._cache)
 
     def _rows(self, lane: int, count: int) -> Iterator[Block]:
         waiting = self._waiting.setdefault(lane, deque())
@@ -142,12 +236,14 @@ class LaneBuffers:
             self._waiting.setdefault(lane, deque()).append({k: v[start:stop] for k, v in block.items()})
 
 
-def join(parts: Sequence[Block], spec: ImageSpec) -> FeedBatch:
+def join(parts: Sequence[Block], spec: ImageSpec, cache: Cache | None = None) -> FeedBatch:
     """The parts as one batch, without the rows that have no pixels or no label."""
-    parts = parts or [_no_rows(spec)]
+    if not parts:
+        none = np.zeros(0, np.int64)
+        return FeedBatch(np.zeros((0, spec.height, spec.width, spec.channels), np.uint8), none, none, none, None, [], 0)
     labels, keys, lanes, bad = (np.concatenate([p[k] for p in parts]) for k in ("label", "key", "lane", "bad"))
-    pixels = _in_one_frame([p["pixels"] for p in parts])
     sizes = np.concatenate([p["size"] for p in parts]) if "size" in parts[0] else None
+    pixels = np.concatenate([p["pixels"] for p in parts]) if sizes is None else _framed(parts, sizes, spec, cache)
     failures = [Bad(*text.split("\t", 1)) for text in bad if text]
     readable = np.array([not text for text in bad], bool)
     usable = readable & (labels >= 0)
@@ -158,20 +254,30 @@ def join(parts: Sequence[Block], spec: ImageSpec) -> FeedBatch:
     return FeedBatch(pixels, labels, keys, lanes, sizes, failures, unlabelled)
 
 
-def _no_rows(spec: ImageSpec) -> Block:
-    none = np.zeros(0, np.int64)
-    pixels = np.zeros((0, spec.height, spec.width, spec.channels), np.uint8)
-    return {"pixels": pixels, "label": none, "key": none, "lane": none, "bad": np.zeros(0, object)}
-
-
-def _in_one_frame(parts: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
-    """(n, H, W, C) of all the parts, padded with zeros to the largest height and width of them."""
-    frames = {part.shape[1:] for part in parts}
-    if len(frames) == 1:
-        return np.concatenate(parts)
-    made = np.zeros((sum(map(len, parts)), *(max(sides) for sides in zip(*frames, strict=True))), np.uint8)
+def _framed(
+    parts: Sequence[Block], sizes: npt.NDArray[np.int32], spec: ImageSpec, cache: Cache | None
+) -> npt.NDArray[np.uint8]:
+    """(n, H, W, C) of flat images, each at the top left of a frame of the largest height and width of them."""
+    height, width = np.maximum(sizes.max(axis=0), 1)
+    is_equal = bool(((sizes == (height, width)) | (sizes == 0)).all())
+    frames = np.zeros((len(sizes), height, width, spec.channels), np.uint8)
     at = 0
     for part in parts:
-        made[at : at + len(part), : part.shape[1], : part.shape[2]] = part
-        at += len(part)
-    return made
+        flat, rows = _flat_rows(part, cache)
+        own = frames[at : at + len(rows)]
+        if is_equal and flat.shape[1] == frames[0].size:
+            np.take(flat, rows, axis=0, out=own.reshape(len(rows), -1), mode="clip")  # others copy all once more
+        else:
+            for frame, row, (high, wide) in zip(own, rows, part["size"], strict=True):
+                image = flat[row, : high * wide * spec.channels]
+                frame[:high, :wide] = image.reshape(high, wide, spec.channels)
+        at += len(rows)
+    return frames
+
+
+def _flat_rows(part: Block, cache: Cache | None) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Where the flat pixels of a part are, and in which rows."""
+    if "pixels" in part:
+        return part["pixels"], np.arange(len(part["label"]))
+    assert cache is not None
+    return cache.pixels, part["row"]

@@ -3,7 +3,8 @@
     encoded -> header (caps) -> decode -> crop to a box -> antialiased bilinear resize -> (H, W, C) uint8
 
 Training, evaluation, labeling and serving all call `pixels`; they differ only in the function that chooses
-the box. The rules, all decided by the content and never by a file's name:
+the box. Where training keeps decoded images it calls `whole`, and chooses the box later. The rules, all
+decided by the content and never by a file's name:
 
 - JPEG, PNG, WebP, GIF, BMP and TIFF; of several frames or pages the first.
 - Upright by the EXIF orientation; without a valid one, as stored. Colour profiles are not applied.
@@ -28,16 +29,19 @@ import numpy as np
 
 from raycnn.config import ImageSpec, Limits
 from raycnn.errors import Bad
-from raycnn.images.decoders import DECODER, Header, Pixels, open_file, raster
+from raycnn.images.decoders import DECODER, File, Header, Pixels, open_file, raster
 
 __all__ = ["DECODER", "Box", "Choose", "Header", "Pixels", "center_box", "decode", "pixels", "random_box"]
-__all__ += ["prepare_to_resize", "read_header"]
+__all__ += ["prepare_to_resize", "read_header", "whole", "whole_size"]
 
 Box = tuple[int, int, int, int]
 """top, left, height, width in px of the upright image."""
 
 Choose = Callable[[int, int], Box]
 """Takes height and width of the upright image, returns the box to keep: inside it, and at least 1 x 1 px."""
+
+LONGEST = 2
+"""How many times longer than its short side a whole image is kept."""
 
 _DEFAULT_LIMITS = Limits.model_validate({})
 
@@ -73,17 +77,45 @@ def pixels(
     file = open_file(encoded, limits)
     if isinstance(file, Bad):
         return file
+    box = (choose or center_box(spec))(file.header.height, file.header.width)
+    return _resized(file, box, spec.height, spec.width, spec.channels)
+
+
+def whole(encoded: bytes | None, short: int, channels: Literal[1, 3], limits: Limits = _DEFAULT_LIMITS) -> Pixels | Bad:
+    """Decode and shrink to the size that `whole_size` says: (height, width, channels), for boxes chosen later.
+
+    Never raises for what the bytes are.
+    """
+    file = open_file(encoded, limits)
+    if isinstance(file, Bad):
+        return file
     height, width = file.header.height, file.header.width
-    box = (choose or center_box(spec))(height, width)
-    scale = _scale(box, spec)
-    stored = raster(file, spec.channels, scale)
+    box_height, box_width = min(height, LONGEST * width), min(width, LONGEST * height)
+    box = (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+    return _resized(file, box, *whole_size(height, width, short), channels)
+
+
+def whole_size(height: int, width: int, short: int) -> tuple[int, int]:
+    """Height and width in px of what `whole` makes of an image: its short side is `short` at most.
+
+    The long side is cut about the centre to twice the short one. Nothing is enlarged.
+    """
+    height, width = min(height, LONGEST * width), min(width, LONGEST * height)
+    share = min(1.0, short / min(height, width))
+    return round(height * share), round(width * share)
+
+
+def _resized(file: File, box: Box, height: int, width: int, channels: Literal[1, 3]) -> Pixels | Bad:
+    """The box of the upright image, at the size that is wanted."""
+    scale = _scale(box, height, width)
+    stored = raster(file, channels, scale)
     if isinstance(stored, Bad):
         return stored
-    place = _as_stored(box, height, width, file.orientation)
+    place = _as_stored(box, file.header.height, file.header.width, file.orientation)
     if stored.shape[:2] != file.stored:
         place = _scaled(place, scale)
     # Turning the few pixels that come out is cheaper than turning all that go in.
-    size = (spec.height, spec.width) if file.orientation < 5 else (spec.width, spec.height)
+    size = (height, width) if file.orientation < 5 else (width, height)
     resized = _resize(_crop(stored, place), *size)
     return resized if file.orientation == 1 else np.ascontiguousarray(_upright(resized, file.orientation))
 
@@ -155,14 +187,14 @@ def _as_stored(box: Box, height: int, width: int, orientation: int) -> Box:
     return (top, left, box_height, box_width) if orientation < 5 else (left, top, box_width, box_height)
 
 
-def _scale(box: Box, spec: ImageSpec) -> int:
+def _scale(box: Box, height: int, width: int) -> int:
     """How many times smaller a JPEG may be decoded: 8, 4 or 2, which libjpeg does fast, else 1.
 
-    What is left must be at least twice the model's input, so that it is the antialiased resize, not
-    libjpeg's block averages, that decides the pixels. It depends on the box and the spec alone, and so is the
+    What is left must be at least twice the height and width that are wanted, so that it is the antialiased resize,
+    not libjpeg's block averages, that decides the pixels. It depends on the box and the size alone, and so is the
     same in training, evaluation, labeling and serving.
     """
-    room = min(box[2] / spec.height, box[3] / spec.width) / 2
+    room = min(box[2] / height, box[3] / width) / 2
     return 1 if room < 2 else 2 if room < 4 else 4 if room < 8 else 8
 
 

@@ -69,9 +69,19 @@ def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
 
 
 def epoch_pieces(
-    groups: Sequence[Slice], seed: int, cursor: Cursor, batch_size: int, lanes: int, owned: Sequence[int], max_rows: int
+    groups: Sequence[Slice],
+    seed: int,
+    cursor: Cursor,
+    batch_size: int,
+    lanes: int,
+    owned: Sequence[int],
+    max_rows: int,
+    head: int = 0,
 ) -> list[Piece]:
-    """What the owner of some lanes has yet to read in an epoch, at most `max_rows` at a time, as its steps need it."""
+    """What the owner of some lanes has yet to read in an epoch, at most `max_rows` at a time, as its steps need it.
+
+    With a `head` the first piece of each lane has so few rows, so that the first step need not wait for more.
+    """
     rows, epoch = sum(g.rows for g in groups), cursor.epoch
     steps = steps_per_epoch(rows, batch_size)
     runs = [(lane, *lane_range(rows, lanes, lane)) for lane in owned]
@@ -82,9 +92,13 @@ def epoch_pieces(
         count = groups[group].rows
         for lane, low, high in runs:
             start, stop = max(first[lane], position), min(high, position + count)
-            for at in range(start, stop, max_rows):
-                step, end = _step_of(at - low, high - low, steps, lane, lanes), min(at + max_rows, stop)
+            at = start
+            while at < stop:
+                most = min(head or max_rows, max_rows) if at == first[lane] else max_rows
+                end = min(at + most, stop)
+                step = _step_of(at - low, high - low, steps, lane, lanes)
                 pieces.append(Piece(epoch, step, lane, int(group), at, at - position, end - position))
+                at = end
         position += count
     return sorted(pieces, key=lambda p: p.step)
 

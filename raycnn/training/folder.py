@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from raycnn.config import TrainConfig, to_yaml
+from raycnn.data import Geometry
 from raycnn.drawing.canvas import encoded
 from raycnn.errors import Bad, ConfigError, StorageError
 from raycnn.shards import MANIFEST, PackedCollection, key_hash
@@ -45,6 +46,14 @@ RESUMABLE = (
 """Settings that may differ when a run goes on; the others would make it another run. Data is known by its digest."""
 
 
+class Claim(NamedTuple):
+    """What was decided when a run began, and holds until its end."""
+
+    lanes: int
+    geometry: Geometry | None
+    """How its decoded images are kept, of which boxes are taken later; None: boxes are taken when it decodes."""
+
+
 def check_before_packing(store: Store, config: TrainConfig) -> None:
     """Refuse a folder that is another's before any data is packed into it: hours may go into that.
 
@@ -66,8 +75,8 @@ def _on_other_data(store: Store, config: TrainConfig) -> ConfigError:
     return ConfigError(f"{store.address()} holds a run on other data than {config.data}; use another run folder")
 
 
-def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> int | None:
-    """The number of lanes of the run in a folder, which has to be this one; None where the folder holds no run.
+def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> Claim | None:
+    """The claim of the run in a folder, which has to be this one; None where the folder holds no run.
 
     Raises:
         ConfigError: the folder holds a run with other settings or other data, or something else.
@@ -90,24 +99,26 @@ def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> int 
             f"{store.address()}: {config.num_workers} workers cannot go on with this run, whose batches are made of "
             f"{lanes} equal lanes: use --num-workers {lanes} or fewer"
         )
-    return lanes
+    return Claim(lanes, Geometry(**identity["geometry"]) if identity.get("cached") else None)
 
 
-def claim(store: Store, config: TrainConfig, packed: PackedCollection) -> int:
-    """Make the folder this run's, unless it is; the number of lanes. Of two who try at once one decides.
+def claim(store: Store, config: TrainConfig, packed: PackedCollection, geometry: Geometry | None = None) -> Claim:
+    """Make the folder this run's, unless it is; what it is bound to then. Of two who try at once one decides.
 
     Raises:
         ConfigError: the folder holds another run.
     """
-    identity = {"data_digest": packed.digest, "lanes": lanes_for(config.num_workers)}
+    identity = {"data_digest": packed.digest, "lanes": lanes_for(config.num_workers), "cached": geometry is not None}
+    if geometry is not None:
+        identity["geometry"] = geometry._asdict()
     content = to_yaml(config).encode()
     store.create(IDENTITY, (json.dumps(identity) + "\n").encode())
     store.create(CONFIG, content)
-    lanes = claimed(store, config, packed)
-    assert lanes is not None
+    found = claimed(store, config, packed)
+    assert found is not None
     if store.get(CONFIG) != content:
         store.put(CONFIG, content)
-    return lanes
+    return found
 
 
 def resume_at(marker: dict[str, Any] | None) -> Cursor:

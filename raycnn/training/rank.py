@@ -1,18 +1,18 @@
 """What each training worker runs, from the last whole checkpoint to the bundle."""
 
+import functools
 import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from raycnn import bundle as bundles
 from raycnn import data, images, loop
-from raycnn.config import MIB, ImageSpec, TrainConfig, make
+from raycnn.config import GIB, MIB, ImageSpec, TrainConfig, make
 from raycnn.errors import Bad, DataError, Status
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
@@ -37,9 +37,15 @@ PIECE_BYTES = 96 * MIB
 waits for its blocks to be taken keeps its CPU: those of training would starve those of validation for ever."""
 VAL_CACHE_BYTES = 256 * MIB
 """Decoded validation pixels that a worker keeps, so that later epochs do not decode them again."""
-STREAM_PIECES = (64, 512)
-"""Pieces that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
+PIECE_ROWS = 4096
+"""Most rows that it makes; a task takes 10 ms beside its work, in which it could decode hundreds of tiny images."""
+HEAD_ROWS = 16
+"""Least rows of each lane that are decoded first of all, so that the first step comes soon."""
+STREAM_ITEMS = (64, 512)
+"""Items that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
 pass before the first is decoded; so the first step does not wait long, and later executions are rare."""
+BATCHES_AHEAD = 2
+"""Batches that are ready before a step asks for them: pages of the decoded cache may have to come from the disk."""
 PROGRESS_S = 0.5
 PREEMPTION_S = 2.0
 """Between two questions whether a node is about to be taken away; each is a barrier of all ranks."""
@@ -81,7 +87,8 @@ def work(arguments: dict[str, Any]) -> None:
             classifier.freeze()
         if config.compile:
             classifier.compile()
-        run = _Run(config, packed, spec, arguments["lanes"], plan, arguments["board"])
+        geometry = arguments["geometry"] and data.Geometry(*arguments["geometry"])
+        run = _Run(config, packed, spec, arguments["lanes"], plan, arguments["board"], geometry)
         trainer = run.trainer(classifier, prepare_model(classifier))
         if config.find_lr:
             run.find_rate(trainer)
@@ -103,6 +110,7 @@ class _Run:
         lanes: int,
         plan: data.TrainPlan,
         board: Any,
+        geometry: data.Geometry | None,
     ) -> None:
         import ray.train
         from ray.train.torch import get_device
@@ -110,13 +118,13 @@ class _Run:
         context = ray.train.get_context()
         self.rank, self._world, self._device = context.get_world_rank(), context.get_world_size(), get_device()
         self._config, self._packed, self._spec, self._plan = config, packed, spec, plan
-        self._board, self._lanes = board, lanes
+        self._board, self._lanes, self._geometry = board, lanes, geometry
+        self._is_first_of_node = context.get_local_rank() == 0
         self._owned = [lane for lane in range(lanes) if lane % self._world == self.rank]
         self._store = open_store(config.run)
         self._groups = list(packed.select("train", Counter()))
         self._rows = sum(g.rows for g in self._groups)
         self._steps = steps_per_epoch(self._rows, config.batch_size)
-        self._piece_rows = max(1, PIECE_BYTES // (spec.height * spec.width * spec.channels))
         self._val: list[loop.Batch] | None = None
         self._last_post = self._last_look = 0.0
         self._began = time.perf_counter()
@@ -282,29 +290,63 @@ class _Run:
         self._board.post.remote(event)
 
     def _batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
-        """This rank's share of every step of every epoch from `first` on, in order."""
-        c = self._config
+        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread."""
+        return data.read_ahead(self._made_batches(first), BATCHES_AHEAD)
+
+    def _made_batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
+        c, geometry = self._config, self._geometry
         starts = [first, *(Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))]
-        items = (
-            piece._asdict() | {"slice": list(self._groups[piece.group])}
-            for start in starts
-            for piece in epoch_pieces(
-                self._groups, c.seed, start, c.batch_size, self._lanes, self._owned, self._piece_rows
-            )
+        cache = None if geometry is None else self._cache(geometry)
+        epochs = map(
+            self._pieces, starts, itertools.chain([max(HEAD_ROWS, c.batch_size // self._lanes)], itertools.repeat(0))
         )
-        arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale}
-        buffers = data.LaneBuffers(self._stream(items, arguments), self._spec)
+        if cache is None:
+            # What is decoded anyway is best decoded without a pause between epochs.
+            epochs = iter([itertools.chain.from_iterable(epochs)])
+        arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale, "geometry": geometry}
+        blocks = (block for pieces in epochs for block in self._stream(pieces, arguments, cache))
+        buffers = data.LaneBuffers(blocks, self._spec, cache)
+        has_boxes = geometry is None or (not geometry.short and c.crop_scale == 1)
         for start in starts:
             rows = first_rows(self._rows, c.batch_size, self._lanes, self._owned, start.step)
             buffers.begin(start.epoch, rows)
             for step in range(start.step, self._steps):
                 counts = step_counts(self._rows, c.batch_size, self._lanes, self._owned, step)
-                yield buffers.take(list(counts))
+                taken = buffers.take(list(counts))
+                yield taken._replace(sizes=None) if has_boxes else taken
 
-    def _stream(self, items: Iterator[dict[str, Any]], arguments: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-        size, most = STREAM_PIECES
+    def _pieces(self, start: Cursor, head: int) -> Iterator[dict[str, Any]]:
+        """What is left of an epoch for this rank to read; `head` rows of each lane first, unless it is 0."""
+        c, positions = self._config, [0, *itertools.accumulate(g.rows for g in self._groups)]
+        for piece in epoch_pieces(
+            self._groups, c.seed, start, c.batch_size, self._lanes, self._owned, self._most_rows(), head
+        ):
+            yield piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
+
+    def _most_rows(self) -> int:
+        """That one task may decode, of the training or of the validation split."""
+        sizes = [self._spec.height * self._spec.width * self._spec.channels]
+        sizes += [self._geometry.slot_bytes] if self._geometry else []
+        return max(1, min(PIECE_ROWS, PIECE_BYTES // max(sizes)))
+
+    def _cache(self, geometry: data.Geometry) -> data.Cache | None:
+        budget = int(self._config.cache_gib * GIB)
+        if not budget:
+            return None
+        say = self._say if self._is_first_of_node else _say_nothing
+        return data.open_cache(self._packed.digest, geometry, self._rows, budget, say)
+
+    def _say(self, text: str) -> None:
+        self._post({"kind": "note", "text": text})
+
+    def _stream(
+        self, pieces: Iterable[dict[str, Any]], arguments: dict[str, Any], cache: data.Cache | None = None
+    ) -> Iterator[data.Block]:
+        size, most = STREAM_ITEMS
+        items = data.items_of(pieces, self._most_rows(), arguments.get("seed"), cache)
         while chunk := list(itertools.islice(items, size)):
-            yield from data.stream(data.decode_piece, chunk, self._plan, arguments)
+            decoded = functools.partial(data.stream, data.decode, plan=self._plan, arguments=arguments)
+            yield from decoded(chunk) if cache is None else data.through_cache(chunk, decoded, self._config.seed, cache)
             size = min(2 * size, most)
 
     def _decode_arguments(self) -> dict[str, Any]:
@@ -321,8 +363,8 @@ class _Run:
         low, high = self.rank * rows // self._world, (self.rank + 1) * rows // self._world
         size = (high - low) * self._spec.height * self._spec.width * self._spec.channels
         kept: list[loop.Batch] | None = [] if size <= VAL_CACHE_BYTES else None
-        items = iter(data.row_ranges(groups, low, high, self._piece_rows))
-        for block in self._stream(items, self._decode_arguments()):
+        pieces = data.row_ranges(groups, low, high, self._most_rows())
+        for block in self._stream(pieces, self._decode_arguments()):
             for at in range(0, len(block["label"]), self._config.batch_size):
                 part = {k: v[at : at + self._config.batch_size] for k, v in block.items()}
                 batch = _to_torch(data.join([part], self._spec))
@@ -369,7 +411,10 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: round(spent / whole, 4) for name, spent in seconds.items()}
 
 
+def _say_nothing(text: str) -> None:
+    """Another rank of the node has said it."""
+
+
 def _to_torch(taken: data.FeedBatch) -> loop.Batch:
-    arrays = (taken.pixels, taken.labels, taken.keys, taken.lanes)
-    sizes = None if taken.sizes is None else torch.from_numpy(taken.sizes)
-    return loop.Batch(*map(torch.from_numpy, arrays), sizes)
+    pixels, labels, keys, lanes = map(torch.from_numpy, (taken.pixels, taken.labels, taken.keys, taken.lanes))
+    return loop.Batch(pixels, labels, keys, lanes, None if taken.sizes is None else torch.from_numpy(taken.sizes))

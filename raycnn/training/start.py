@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycnn import data
-from raycnn.config import ImageSpec, PackConfig, TrainConfig, make
+from raycnn.config import GIB, ImageSpec, PackConfig, TrainConfig, make
 from raycnn.errors import ConfigError, DataError, Status, StorageError
 from raycnn.models import (
     GRAY_MEAN,
@@ -29,6 +29,7 @@ from raycnn.training.folder import (
     FIND_LR,
     FIND_LR_PLOT,
     Checkpoints,
+    Claim,
     History,
     check_before_packing,
     claim,
@@ -82,7 +83,7 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     done = resume_at(Checkpoints(store).last()).epoch
     if ended(config, History(store).lines[:done]) is None or _bundle_epochs(store) < done:
         _check_readable(config, packed)
-        _fit(config, packed, spec, say, lambda: claim(store, config, packed))
+        _fit(config, packed, spec, say, lambda: claim(store, config, packed, _geometry(config, packed, spec)))
     return _report(store, done)
 
 
@@ -96,7 +97,7 @@ def find_rate(config: TrainConfig, progress: data.Progress | None = None) -> Rat
     say = progress or (lambda event: None)
     config, store, packed, spec = _prepared(config, say)
     _check_readable(config, packed)
-    _fit(config, packed, spec, say, lambda: lanes_for(config.num_workers))
+    _fit(config, packed, spec, say, lambda: Claim(lanes_for(config.num_workers), _geometry(config, packed, spec)))
     found = json.loads(store.get(FIND_LR))
     return RateReport(found["suggestion"], len(found["rates"]), store.address(FIND_LR_PLOT))
 
@@ -242,8 +243,14 @@ def _bundle_epochs(store: Store) -> int:
     return json.loads(store.get("bundle/config.json"))["metrics"].get("epochs", 0)
 
 
+def _geometry(config: TrainConfig, packed: PackedCollection, spec: ImageSpec) -> data.Geometry | None:
+    """How each node keeps the decoded training split, where the budget has room for all of it."""
+    geometry = data.geometry_of(spec, packed.manifest["images"])
+    return geometry if packed.rows("train") * geometry.usual_bytes <= config.cache_gib * GIB else None
+
+
 def _fit(
-    config: TrainConfig, packed: PackedCollection, spec: ImageSpec, say: data.Progress, lanes: Callable[[], int]
+    config: TrainConfig, packed: PackedCollection, spec: ImageSpec, say: data.Progress, decide: Callable[[], Claim]
 ) -> None:
     """Run Ray Train, once it is known that the cluster can; show what rank 0 posts while it runs."""
     data.connect(say)
@@ -254,11 +261,13 @@ def _fit(
     share = "a GPU" if use_gpu else f"{plan.threads} CPU threads"
     count = f"{config.min_workers} to {config.num_workers}" if config.min_workers else config.num_workers
     say({"kind": "note", "text": f"starting training workers: {count}, with {share} each"})
+    decided = decide()
     arguments = {
         "config": config.model_dump(mode="json"),
         "data": packed.store.url,
         "spec": spec.model_dump(mode="json"),
-        "lanes": lanes(),
+        "lanes": decided.lanes,
+        "geometry": decided.geometry,
         "plan": plan._asdict(),
     }
     from raycnn.training.launch import launch
