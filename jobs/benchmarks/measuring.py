@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: photos to measure with, programs, timing in turns, and where it was measured."""
+"""What the benchmarks have in common: images to measure with, programs, timing in turns, and where it was measured."""
 
 import importlib.metadata
 import io
@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,9 +53,25 @@ def encode(array: Any, form: str, mode: str | None = None, **options: Any) -> by
     return file.getvalue()
 
 
+def pack_demo_data(name: str, out: str, timeout_s: float = 600) -> None:
+    """Pack `digits` or `fashion-mnist` as the demo does, in a process of its own, whose Ray ends with it."""
+    from raycnn.config import DemoConfig, make
+    from raycnn.demo.sources import find_source
+
+    source = find_source(make(DemoConfig, {"data": name}))
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in source.files():
+            file = Path(folder) / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        words = [word for key, value in source.pack.items() for word in (f"--{key}", str(value))]
+        last_line([RAYCNN, "pack", folder, out, *words, "--json"], timeout_s)
+
+
 def last_line(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Any:
     """The JSON that a program prints last; what it says otherwise is shown where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | (environment or {})
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -73,6 +90,11 @@ def busy_s() -> float:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """The median, and the least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """The mean, and the standard deviation of a sample of two or more."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def cpu_rates(
