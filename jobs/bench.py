@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.measuring import where
 
 BENCHMARKS = {
-    "accuracy": "a recipe of jobs/recipes: accuracy on the test images, of three seeds, each counted once",
+    "accuracy": "a recipe of jobs/recipes: accuracy on the test images, from three seeds",
     "backends": "one core: classic, mobilenet_v3_small and resnet18 by torch, torch.compile and ONNX Runtime",
     "chaos": "processes killed at every step of labeling, on a Ray cluster and an S3 server: no row lost, none doubled",
     "fuzz": "a million damaged files through raycnn.images.pixels: what they become, and the matrix of hazards",
@@ -24,7 +24,7 @@ BENCHMARKS = {
     "resume": "training killed within epochs: each sample once per epoch, and weights equal to an unbroken run's",
     "scale": "planning of 100 million keys, and labeling of 10 thousand to 1 million images: time and memory of each",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",
-    "train": "images trained on per second by raycnn and a bare loop; accuracy after 5 minutes, beside fastai and others",
+    "train": "images trained on per second, beside a bare loop; accuracy after 5 minutes, beside fastai and Ultralytics",
 }
 
 if __name__ == "__main__":

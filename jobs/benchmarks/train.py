@@ -271,7 +271,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _accuracy_table(result: Mapping[str, Any]) -> str:
     lines = [
-        f"| after {result['budget_s'] / 60:g} minutes on Fashion-MNIST | accuracy on {result['test_images']:,} test images "
+        f"| after {result['budget_s'] / 60:g} minutes on Fashion-MNIST | accuracy on {result['test_images']:,} images "
         "| parameters | training, s | CPU, s |",
         "|---|---|---|---|---|",
     ]

@@ -1,4 +1,4 @@
-"""No framework: a loop over batches of pixels that lie decoded in memory; raycnn's model and its optimizer's settings."""
+"""No framework: a loop over batches of pixels that lie decoded in memory; the model and the rates of raycnn."""
 
 import json
 import sys

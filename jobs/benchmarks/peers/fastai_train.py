@@ -4,11 +4,12 @@ Source: fastai/fastai, dev_nbs/course/lesson7-resnet-mnist.ipynb (2022, read 202
 of MNIST, 28 x 28 px: PNG files by `Datasets`, each padded to 34 px and cropped to 28, batches of 128; a small residual
 network of about 41,000 weights; Adam and `fit_one_cycle(12, lr_max=0.05)`.
 
-What is other here: the library's own `ResBlock`; as many epochs as the time allows, at least one, because a cycle has to
-come to its end. How long an epoch takes is found beforehand, which does not count.
+What is other here: the library's own `ResBlock`; as many epochs as the time allows, at least one, because a cycle has
+to come to its end. How long an epoch takes is found beforehand, which does not count.
 """
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from fastai.vision.all import (  # pyright: ignore[reportMissingImports]
@@ -55,7 +56,7 @@ def loaders(task: Training) -> DataLoaders:
 def learner(data: DataLoaders) -> Learner:
     """The notebook's network: five convolutions of stride 2, with a residual block after each but the last."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for inputs, outputs in pairwise(WIDTHS):
         layers += [ConvLayer(inputs, outputs, stride=2), ResBlock(1, outputs, outputs)]
     net = nn.Sequential(*layers, ConvLayer(WIDTHS[-1], len(data.vocab), stride=2), Flatten())
     return Learner(data, net, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)

@@ -39,9 +39,8 @@ def main() -> None:
     for result in model.predict(task.unseen, imgsz=SIDE, batch=BATCH, stream=True, verbose=False):
         names[Path(result.path).name] = result.names[result.probs.top1]
     done = model.trainer
-    predicted(
-        names, done.epoch + 1, ended[-1] - done.train_time_start, sum(p.numel() for p in model.model.parameters())
-    )
+    weights = sum(p.numel() for p in model.model.parameters())
+    predicted(names, done.epoch + 1, ended[-1] - done.train_time_start, weights)
 
 
 if __name__ == "__main__":
