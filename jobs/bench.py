@@ -24,7 +24,7 @@ BENCHMARKS = {
     "resume": "training killed within epochs: each sample once per epoch, and weights equal to an unbroken run's",
     "scale": "planning of 100 million keys, and labeling of 10 thousand to 1 million images: time and memory of each",
     "storage": "reading, listing and racing creates on an S3 server, by the clients that could have been used",
-    "train": "images trained on per second, beside a bare loop; accuracy after 5 minutes, beside fastai and Ultralytics",
+    "train": "images trained on a second, beside a bare loop; accuracy after 5 minutes, beside fastai and Ultralytics",
 }
 
 if __name__ == "__main__":
