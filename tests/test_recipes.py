@@ -55,9 +55,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> str:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_option_of_the_imagenet_recipe_works_together_on_small_data(photos: str, tmp_path: Path, model: str):
     settings = from_file(TrainConfig, str(IMAGENET)) | SMALLER | {"model": model} | MODELS[model]
-    report = train(make(TrainConfig, settings | {"data": photos, "run": str(tmp_path / "run")}))
+    config = make(TrainConfig, settings | {"data": photos, "run": str(tmp_path / "run")})
+    report = train(config)
     rows = sum(json.loads(open_store(photos).get("manifest.json"))["splits"]["train"]["status"].values())
-    assert (report.epochs, report.steps, report.skipped) == (1, -(-rows // settings["batch_size"]), {})
+    assert (report.epochs, report.steps, report.skipped) == (1, -(-rows // config.batch_size), {})
     bundle = bundles.load(report.bundle)
     assert (bundle.spec.height, bundle.spec.width, bundle.spec.channels) == (32, 32, 3)
     assert bundle.class_names == ("left", "right")

@@ -71,8 +71,8 @@ def pack_demo_data(name: str, out: str, timeout_s: float = 600) -> None:
 def last_line(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Any:
     """The JSON that a program prints last; what it says otherwise is shown where it fails."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    told = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {})
+    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

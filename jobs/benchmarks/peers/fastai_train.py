@@ -62,18 +62,22 @@ def learner(data: DataLoaders) -> Learner:
     return Learner(data, net, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
 
 
+def epoch_seconds(data: DataLoaders) -> float:
+    """How long an epoch takes, from the second of two short ones."""
+    trial, starts = learner(data), []
+    with trial.no_bar(), trial.no_logging():
+        for _ in range(2):
+            starts.append(time.perf_counter())
+            trial.fit(1, cbs=ShortEpochCallback(TRIED, short_valid=True))
+    return (time.perf_counter() - starts[-1]) / TRIED
+
+
 def main() -> None:
     """Train, predict."""
     task = Training.told()
     set_seed(task.seed)
     data = loaders(task)
-    trial = learner(data)
-    with trial.no_bar(), trial.no_logging():
-        for _ in range(2):  # the first one warms up
-            start = time.perf_counter()
-            trial.fit(1, cbs=ShortEpochCallback(TRIED, short_valid=True))
-            epoch_s = (time.perf_counter() - start) / TRIED
-    epochs = max(1, round(task.seconds / epoch_s))
+    epochs = max(1, round(task.seconds / epoch_seconds(data)))
     set_seed(task.seed)
     learn = learner(data)
     with learn.no_bar(), learn.no_logging():
