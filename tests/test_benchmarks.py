@@ -1,5 +1,6 @@
-"""What the benchmarks say about themselves: their results, and the README's table, which is made from one."""
+"""What the benchmarks say about themselves: their results, and the README's tables, which are made from them."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "jobs/results/label.json"
-START, END = "<!-- label benchmark -->\n", "<!-- end -->"
+RESULTS = ROOT / "jobs/results"
+END = "<!-- end -->"
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +55,79 @@ def test_the_table_has_every_contender_with_its_rate_and_what_raycnn_is_to_it():
     assert rows["**`raycnn label`**"].count("500 (491 to 509)") == 2
 
 
-@pytest.mark.skipif(not RESULT.exists(), reason="the benchmark of labeling has no result file yet")
-def test_the_readme_has_the_table_of_the_result_file():
-    from benchmarks import label
+def training_samples() -> dict[str, list[dict]]:
+    """Two turns, the second on a machine that is half as fast: raycnn has nine tenths of the bare loop's rate."""
+    samples = {}
+    for name, rate in {"bare loop": 1000, "raycnn train": 900, "raycnn train, 2 workers": 450}.items():
+        for case in ("classic", "resnet18"):
+            turns = [{"images_per_s": [rate / 2 / slow, rate / slow, rate / slow]} for slow in (1, 2)]
+            samples[f"{case}, {name}"] = turns
+    for turn, seconds in zip(samples["classic, raycnn train"], (9.0, 11.0), strict=True):
+        turn["first_step_s"] = seconds
+    return samples
 
-    table = label.table(json.loads(RESULT.read_text(encoding="utf-8")))
-    marked = re.findall(f"{START}(.*?){END}", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert marked == [table], f"README.md needs, between lines {START.strip()} and {END}:\n{table}"
+
+def test_training_is_compared_within_the_turns_of_a_machine_whose_speed_changes():
+    from benchmarks import train
+
+    summary = train.summary(training_samples())
+    ratios = {(c["case"], c["of"], c["in"]): c["ratio"] for c in summary["compared"]}
+    assert ratios["resnet18", "raycnn train", "first epoch"] == {"median": 0.9, "min": 0.9, "max": 0.9}
+    assert ratios["classic", "raycnn train, 2 workers", "later epochs"]["median"] == 0.5
+    assert summary["images_per_s"]["classic, bare loop"]["first epoch"] == {"median": 375, "min": 250, "max": 500}
+    assert summary["first_step_s"] == {"classic, raycnn train": {"median": 10, "min": 9, "max": 11}}
+
+
+def test_the_table_of_training_has_rates_ratios_and_the_accuracy_of_every_contender():
+    from benchmarks import train
+
+    after = {"training_s": 299.0, "cpu_s": 580.0, "parameters": 41132}
+    runs = {"fastai": [{"accuracy": a, **after} for a in (0.90, 0.92)]}
+    table = train.table(
+        {
+            "rounds": 2,
+            "budget_s": 300,
+            "test_images": 10000,
+            "peer_versions": {"fastai": "2.8"},
+            "accuracy": train.accuracy_summary(runs),
+            **train.summary(training_samples()),
+        }
+    )
+    assert "| classic, bare loop | 375 (250 to 500) | 750 (500 to 1000) |" in table
+    assert "| classic, raycnn train | bare loop | first epoch | 0.90 (0.90 to 0.90) | 0.75 |" in table
+    assert "10.0 s with classic, raycnn train (at most 15)" in table
+    assert "| fastai 2.8 | 91.00 ± 1.41% | 41,132 | 299 | 580 |" in table
+
+
+def test_a_recipe_is_told_by_mean_and_deviation_of_its_seeds():
+    from benchmarks import accuracy
+
+    common = {"test_images": 360, "parameters": 9000, "seconds": 70.0, "training_s": 60.0, "cpu_s": 120.0}
+    samples = [common | {"accuracy": a, "accuracy_with_flips": None} for a in (0.99, 0.98, 1.0)]
+    result = {"recipe": "digits", **accuracy.summary(samples), "samples": samples}
+    assert accuracy.table([result]).splitlines()[2] == "| `digits` | 99.00 ± 1.00% |  | 360 | 3 | 9,000 | 1.0 | 2.0 |"
+
+
+@pytest.mark.parametrize("benchmark", ["label", "train", "accuracy"])
+def test_the_readme_has_the_tables_of_the_result_files(benchmark: str):
+    module = importlib.import_module(f"benchmarks.{benchmark}")
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{benchmark}*.json"))]
+    if not results:
+        pytest.skip(f"the benchmark {benchmark} has no result file yet")
+    table = module.table(results if benchmark == "accuracy" else results[0])
+    start = f"<!-- {benchmark} benchmark -->\n"
+    marked = re.findall(f"{start}(.*?){END}", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert marked == [table], f"README.md needs, between lines {start.strip()} and {END}:\n{table}"
 
 
 def test_every_result_is_one_of_a_benchmark_that_can_be_run_again():
     import bench
 
-    for file in sorted((ROOT / "jobs/results").glob("*.json")):
-        assert json.loads(file.read_text(encoding="utf-8"))["benchmark"] == file.stem
-        assert file.stem in bench.BENCHMARKS
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        recipe = f"-{result['recipe']}" if "recipe" in result else ""
+        assert result["benchmark"] + recipe == file.stem
+        assert result["benchmark"] in bench.BENCHMARKS
     for name in bench.BENCHMARKS:
         assert (ROOT / f"jobs/benchmarks/{name}.py").is_file()
 

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raycnn.images import pixels
 
     torch.set_num_threads(1)
-    files = jpegs(Path(arguments.folder)) if arguments.folder else synthetic_photos(48)
+    files = jpegs(Path(arguments.subject)) if arguments.subject else synthetic_photos(48)
     usual = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
     spec = ImageSpec.model_validate({})
     rng = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "files": {"count": len(files), "mean_bytes": round(statistics.mean(map(len, files)))},
-        "source": "folder" if arguments.folder else "synthetic",
+        "source": "folder" if arguments.subject else "synthetic",
         "images_per_cpu_s": {name: round(statistics.median(rate), 1) for name, rate in rates.items()},
         "pixels_to_bare_decode": ratio(rates, "pixels", "simplejpeg.decode_jpeg"),
         "pixels_to_pillow_torchvision": ratio(rates, "pixels", "pillow + torchvision"),

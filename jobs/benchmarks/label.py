@@ -9,8 +9,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.measuring import jpegs, synthetic_photos
+from benchmarks.measuring import RAYCNN as COMMAND
+from benchmarks.measuring import jpegs, last_line, spread, synthetic_photos
 from benchmarks.peers import NULL, Task
 
 ROUNDS = 5
@@ -68,12 +67,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of each contender and model, how they compare, and seconds to the first part."""
     from raycnn.s3local import S3Server
 
-    photos = jpegs(Path(arguments.folder)) if arguments.folder else synthetic_photos(DISTINCT)
+    photos = jpegs(Path(arguments.subject)) if arguments.subject else synthetic_photos(DISTINCT)
     with S3Server() as server, tempfile.TemporaryDirectory() as folder:
         os.environ.update(server.environment())
         os.environ["RAY_ADDRESS"], os.environ["RAY_USAGE_STATS_ENABLED"] = "local", "0"
         server.create_bucket(BUCKET)
-        about = _store(photos, ALL, IMAGES) | {"source": "folder" if arguments.folder else "synthetic"}
+        about = _store(photos, ALL, IMAGES) | {"source": "folder" if arguments.subject else "synthetic"}
         _store(photos, FEW, DISTINCT)
         bundles = {model: _bundle(Path(folder), model, photos[0]) for model in CLASSES}
         _turn("warm-up", _Machine(Path(folder), bundles, FEW, DISTINCT))
@@ -251,19 +250,19 @@ def _command(machine: _Machine, model: str) -> dict[str, Any]:
     from benchmarks.peers.warm import first_part
 
     task = machine.task(model)
-    program = [str(Path(sys.executable).with_name("raycnn")), "label", task.source, task.out]
+    program = [COMMAND, "label", task.source, task.out]
     is_over, start = threading.Event(), time.time()
     with ThreadPoolExecutor(1) as pool:
         seen = pool.submit(first_part, task.out, is_over)
         try:
-            printed = _output([*program, "--bundle", task.bundle, "--json"])
+            printed = last_line([*program, "--bundle", task.bundle, "--json"], TIMEOUT_S)
         finally:
             is_over.set()
         first = seen.result()
     wall = time.time() - start
     _verify(task.out, machine.images)
     assert first is not None
-    speed = json.loads(printed)["speed"]
+    speed = printed["speed"]
     return {
         "images_per_s": speed["images_per_s"],
         **machine.rates(wall),
@@ -280,16 +279,7 @@ def _warm(machine: _Machine) -> dict[str, Any]:
 
 
 def _program(name: str, task: Task, *rest: str) -> dict[str, Any]:
-    return json.loads(_output([sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(task._asdict()), *rest]))
-
-
-def _output(command: list[str]) -> str:
-    """The last line that a program prints; what it says otherwise is shown where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout.splitlines()[-1]
+    return last_line([sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(task._asdict()), *rest], TIMEOUT_S)
 
 
 def _count_rows(out: str, images: int) -> None:
@@ -314,12 +304,11 @@ def _verify(out: str, images: int) -> None:
 def summary(samples: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians and spreads, and how raycnn compares with the others, from the samples under `contender, model`."""
 
-    def spread(name: str, value: str) -> dict[str, float]:
-        values = [sample[value] for sample in samples[name]]
-        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    def of(name: str, value: str) -> dict[str, float]:
+        return spread([sample[value] for sample in samples[name]])
 
     rates = {
-        rate: {name: spread(name, rate) for name in samples if not name.startswith(WARM)}
+        rate: {name: of(name, rate) for name in samples if not name.startswith(WARM)}
         for rate in ("images_per_s", "whole_images_per_s")
     }
 
@@ -340,8 +329,8 @@ def summary(samples: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
             for model, other, bar in BARS
         ],
         "first_part_s": {
-            "command": spread(f"{RAYCNN}, {MODEL}", "first_part_s") | {"bar": FIRST_BARS["command"]},
-            "warm": spread(f"{WARM}, {MODEL}", "first_part_s") | {"bar": FIRST_BARS["warm"]},
+            "command": of(f"{RAYCNN}, {MODEL}", "first_part_s") | {"bar": FIRST_BARS["command"]},
+            "warm": of(f"{WARM}, {MODEL}", "first_part_s") | {"bar": FIRST_BARS["warm"]},
         },
     }
 

@@ -1,17 +1,21 @@
-"""What the benchmarks have in common: photos to measure with, timing in turns, and where it was measured."""
+"""What the benchmarks have in common: images to measure with, programs, timing in turns, and where it was measured."""
 
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROUNDS = 9
+RAYCNN = str(Path(sys.executable).with_name("raycnn"))
 
 
 def jpegs(folder: Path) -> list[bytes]:
@@ -47,6 +51,50 @@ def encode(array: Any, form: str, mode: str | None = None, **options: Any) -> by
     size = (array.shape[1], array.shape[0])
     Image.frombytes(mode or "L", size, array.tobytes()).save(file, form, **options)
     return file.getvalue()
+
+
+def pack_demo_data(name: str, out: str, timeout_s: float = 600) -> None:
+    """Pack `digits` or `fashion-mnist` as the demo does, in a process of its own, whose Ray ends with it."""
+    from raycnn.config import DemoConfig, make
+    from raycnn.demo.sources import find_source
+
+    source = find_source(make(DemoConfig, {"data": name}))
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in source.files():
+            file = Path(folder) / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        words = [word for key, value in source.pack.items() for word in (f"--{key}", str(value))]
+        last_line([RAYCNN, "pack", folder, out, *words, "--json"], timeout_s)
+
+
+def last_line(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Any:
+    """The JSON that a program prints last; what it says otherwise is shown where it fails."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    told = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {})
+    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def busy_s() -> float:
+    """CPU seconds that all processes of this machine have used since it was started.
+
+    Ray's workers are no children of the process that waits for them, so that only the whole can be told.
+    """
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, _lines("/proc/stat")[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """The mean, and the standard deviation of a sample of two or more."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def cpu_rates(

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.measuring import RAYCNN
 from benchmarks.takes import FOLDER, KILL
 
 KILLS = 20
@@ -26,7 +27,6 @@ CHANGES = ((1, 2), (2, 4), (4, 1))
 """Workers before and after a death of the driver."""
 EPOCHS, IMAGES, BATCH, CHECKPOINT_EVERY = 3, 1200, 16, 7
 TIMEOUT_S = 300
-RAYCNN = str(Path(sys.executable).with_name("raycnn"))
 
 
 class Kill(NamedTuple):

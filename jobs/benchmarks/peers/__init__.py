@@ -1,7 +1,9 @@
-"""The contenders of `benchmarks.label`, each a program: a JSON object as its argument, another as its last line.
+"""The contenders of `benchmarks.label` and `benchmarks.train`, each a program: it takes a JSON object as its argument
+and prints another as its last line.
 
-It is given the `source` (s3://bucket/prefix of Parquet files with the columns key and image), the `out` of its
-labels, the `model` (`null` or an architecture of torchvision) and a file for its `calls`.
+One that labels is given the `source` (s3://bucket/prefix of Parquet files with the columns key and image), the `out` of
+its labels, the `model` (`null` or an architecture of torchvision) and a file for its `calls`. One that trains is given
+a `Training`.
 """
 
 import json
@@ -34,6 +36,30 @@ class Task(NamedTuple):
         """The model is done with so many images: a line in the file that all processes of a contender share."""
         with open(self.calls, "a", encoding="utf-8") as file:
             file.write(f"{time.time()} {images}\n")
+
+
+class Training(NamedTuple):
+    """What a contender is told that trains for a time and then predicts."""
+
+    images: str
+    """Folder with train/CLASS/*.png and val/CLASS/*.png."""
+    unseen: str
+    """Folder with the *.png to predict, of unknown class."""
+    scratch: str
+    """An empty folder of its own."""
+    seconds: float
+    """How long it may train."""
+    seed: int
+
+    @classmethod
+    def told(cls) -> "Training":
+        """The training that this process was started with."""
+        return cls(**json.loads(sys.argv[1]))
+
+
+def predicted(names: dict[str, str], epochs: float, seconds: float, parameters: int) -> None:
+    """Print the class name of each file to predict, and what training took."""
+    say({"predicted": names, "epochs": epochs, "training_s": round(seconds, 1), "parameters": parameters})
 
 
 def done(task: Task) -> None:
