@@ -26,6 +26,7 @@ WITHIN = {
     ("ledger", "shards"),
     ("loop", "metrics"),
     ("loop", "augment"),
+    ("loop", "models"),
     ("bundle", "models"),
     ("predictor", "bundle"),
     ("predictor", "metrics"),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from raycnn.config import ImageSpec
-from raycnn.data import join
+from raycnn.data import Failure, join
 from raycnn.errors import Bad, Status
 
 SPEC = ImageSpec(height=2, width=2)
@@ -17,13 +17,13 @@ def rows(labels: list[int], bad: list[str]) -> dict[str, np.ndarray]:
 
 
 def test_every_row_that_is_not_trained_on_is_counted_once():
-    broken = f"{Status.TRUNCATED}\tb.jpg: ends early"
+    broken = f"{Status.TRUNCATED}\tb.jpg\0ends early"
     made = join([rows([0, -1], ["", ""]), rows([-1, 2, 1], [broken, broken, ""])], SPEC)
     assert made.labels.tolist() == [0, 1]
     assert (made.keys.tolist(), made.lanes.tolist()) == ([-2, 0], [0, 1])
     assert len(made.pixels) == 2
     assert made.sizes is None
-    assert made.failures == [Bad(Status.TRUNCATED, "b.jpg: ends early")] * 2
+    assert made.failures == [Failure("b.jpg", n, Bad(Status.TRUNCATED, "ends early")) for n in (-2, -1)]
     assert made.unlabelled == 1
     assert join([], SPEC).unlabelled == 0
 

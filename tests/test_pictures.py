@@ -272,14 +272,18 @@ def test_tensorboard_is_given_numbers_and_pictures_of_each_epoch(tmp_path):
     assert (decoded == gray).all()
 
 
+def listed(store: Store) -> list[dict]:
+    return [json.loads(line) for line in store.get("bad.jsonl").decode().splitlines()]
+
+
 def test_an_unreadable_image_is_listed_once_however_many_epochs_meet_it(tmp_path):
     store = open_store(str(tmp_path))
+    found = {"a": Bad(Status.TRUNCATED, "why a"), "b: c": Bad(Status.EMPTY, "why b: c")}
     for _ in range(2):  # the second is the run, resumed
         bad = BadImages(store)
-        for key, status in (("a", Status.TRUNCATED), ("b: c", Status.EMPTY), ("a", Status.TRUNCATED)):
-            bad.add(key, Bad(status, f"why {key}"))
-        bad.write()
-    assert [json.loads(line) for line in store.get("bad.jsonl").decode().splitlines()] == [
+        for _ in range(2):
+            bad.write(found, 2)
+    assert listed(store) == [
         {"key": "a", "status": "truncated", "detail": "why a"},
         {"key": "b: c", "status": "empty", "detail": "why b: c"},
     ]
@@ -288,16 +292,13 @@ def test_an_unreadable_image_is_listed_once_however_many_epochs_meet_it(tmp_path
 def test_of_very_many_unreadable_images_a_thousand_are_listed_and_all_are_counted(tmp_path):
     store = open_store(str(tmp_path))
     for process in range(2):
-        bad = BadImages(store)
-        for i in range(1500 + 100 * process):
-            bad.add(str(i), Bad(Status.EMPTY, ""))
-            bad.add(str(i), Bad(Status.EMPTY, ""))
-        bad.write()
-        *lines, last = map(json.loads, store.get("bad.jsonl").decode().splitlines())
+        count = 1500 + 100 * process
+        BadImages(store).write({str(i): Bad(Status.EMPTY, "") for i in range(count)}, count)
+        *lines, last = listed(store)
         assert [line["key"] for line in lines] == [str(i) for i in range(1000)]
         assert last == {"not_listed": 500 + 100 * process}
 
 
 def test_a_run_whose_images_are_all_good_has_no_list_of_bad_ones(tmp_path):
-    BadImages(open_store(str(tmp_path))).write()
+    BadImages(open_store(str(tmp_path))).write({}, 0)
     assert list(tmp_path.iterdir()) == []

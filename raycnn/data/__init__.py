@@ -17,7 +17,18 @@ from raycnn.data.budget import (
 from raycnn.data.cache import Cache, Geometry, geometry_of, open_cache
 from raycnn.data.cluster import call_early, connect, is_connected, resources, session, user_errors
 from raycnn.data.decoding import Decoder, groups, read_ahead
-from raycnn.data.feed import Block, FeedBatch, LaneBuffers, decode, items_of, join, row_ranges, through_cache
+from raycnn.data.feed import (
+    Block,
+    Failure,
+    FeedBatch,
+    LaneBuffers,
+    decode,
+    feed_key,
+    items_of,
+    join,
+    row_ranges,
+    through_cache,
+)
 from raycnn.data.pipelines import UnitWorker, map_units, stream
 
 __all__ = [
@@ -25,6 +36,7 @@ __all__ = [
     "Board",
     "Cache",
     "Decoder",
+    "Failure",
     "FeedBatch",
     "Geometry",
     "LaneBuffers",
@@ -40,6 +52,7 @@ __all__ = [
     "call_early",
     "connect",
     "decode",
+    "feed_key",
     "geometry_of",
     "groups",
     "is_connected",

@@ -91,7 +91,7 @@ class Cache:
         """Of each of these rows, which are there, all that a decoded block has of it but its pixels."""
         bad, states = np.full(len(rows), "", object), self._state[rows]
         for i in np.flatnonzero(states > 1):
-            bad[i] = f"{STATES[states[i] - 1]}\tfrom the decoded cache"
+            bad[i] = f"{STATES[states[i] - 1]}\t\0from the decoded cache"
         label, key, size = self._label[rows], self._key[rows], self._size[rows]
         return {"row": rows, "label": label, "key": key, "size": size, "bad": bad}
 

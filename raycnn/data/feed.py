@@ -15,12 +15,13 @@ import numpy.typing as npt
 from raycnn import images
 from raycnn.config import ImageSpec
 from raycnn.data.cache import Cache, Geometry
-from raycnn.errors import Bad
+from raycnn.errors import Bad, Status
 from raycnn.shards import Collection, Sample, Slice, key_hash, open_collection
 from raycnn.shards.order import row_order
 
 Block = dict[str, np.ndarray]
-"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal (n,) int64, bad (n,) text.
+"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal (n,) int64, and bad (n,) text:
+"" or what is wrong, as `STATUS tab KEY nul DETAIL`.
 
 Of images that are, or could be, in the decoded cache: row (n,) int64, the place within the split; size (n, 2) int32,
 height and width; and pixels (n, B) uint8, the H x W x C bytes of each and zeros, or none where the cache has them.
@@ -33,6 +34,16 @@ FIRST_ROWS = 64
 """Of the first item that is decoded, so that the first step comes soon."""
 KEY_SALT = "raycnn-augment"
 """Of the hashes of keys that augmentation follows from."""
+
+
+class Failure(NamedTuple):
+    """An image that cannot be trained on."""
+
+    key: str
+    """Empty where it is the decoded cache that says so, which knows no more than the hash."""
+    hash: int
+    """Of the key, as in FeedBatch."""
+    bad: Bad
 
 
 class FeedBatch(NamedTuple):
@@ -49,9 +60,14 @@ class FeedBatch(NamedTuple):
     sizes: npt.NDArray[np.int32] | None
     """(n, 2): height and width of each image at the top left of its zero-padded frame; None where all fill it, cut as
     the model wants them."""
-    failures: list[Bad]
+    failures: list[Failure]
     unlabelled: int
     """Rows that have pixels, and no label."""
+
+
+def feed_key(key: str) -> int:
+    """The hash of a key that batches carry, in int64."""
+    return int.from_bytes(key_hash(key, KEY_SALT).to_bytes(8), signed=True)
 
 
 def row_ranges(groups: Sequence[Slice], low: int, high: int, max_rows: int) -> list[Piece]:
@@ -146,10 +162,10 @@ def decode(
                 made.append(_whole(sample, shape, whole))
             else:
                 made.append(images.pixels(sample.encoded, shape, _box(sample, shape, seed, piece["epoch"], crop_scale)))
-    bad = [f"{m.status}\t{s.key}: {m.detail}" if isinstance(m, Bad) else "" for m, s in zip(made, chosen, strict=True)]
+    bad = [f"{m.status}\t{s.key}\0{m.detail}" if isinstance(m, Bad) else "" for m, s in zip(made, chosen, strict=True)]
     block = {
         "label": np.array([-1 if s.label is None else s.label for s in chosen], np.int64),
-        "key": np.array([key_hash(s.key, KEY_SALT) for s in chosen], np.uint64).view(np.int64),
+        "key": np.array([feed_key(s.key) for s in chosen], np.int64),
         "bad": np.array(bad, object),
         **_places(item["pieces"]),
     }
@@ -244,7 +260,7 @@ def join(parts: Sequence[Block], spec: ImageSpec, cache: Cache | None = None) ->
     labels, keys, lanes, bad = (np.concatenate([p[k] for p in parts]) for k in ("label", "key", "lane", "bad"))
     sizes = np.concatenate([p["size"] for p in parts]) if "size" in parts[0] else None
     pixels = np.concatenate([p["pixels"] for p in parts]) if sizes is None else _framed(parts, sizes, spec, cache)
-    failures = [Bad(*text.split("\t", 1)) for text in bad if text]
+    failures = [_failure(text, int(key)) for text, key in zip(bad, keys, strict=True) if text]
     readable = np.array([not text for text in bad], bool)
     usable = readable & (labels >= 0)
     unlabelled = int(np.count_nonzero(readable & ~usable))
@@ -252,6 +268,12 @@ def join(parts: Sequence[Block], spec: ImageSpec, cache: Cache | None = None) ->
         pixels, labels, keys, lanes = pixels[usable], labels[usable], keys[usable], lanes[usable]
         sizes = None if sizes is None else sizes[usable]
     return FeedBatch(pixels, labels, keys, lanes, sizes, failures, unlabelled)
+
+
+def _failure(text: str, key: int) -> Failure:
+    status, _, rest = text.partition("\t")
+    name, _, detail = rest.partition("\0")
+    return Failure(name, key, Bad(Status(status), detail))
 
 
 def _framed(

@@ -7,7 +7,7 @@ share is empty takes part with a weight of zero, so every rank runs the same num
 from raycnn.loop.evaluation import evaluate
 from raycnn.loop.optimization import Average, blocks, learning_rate, make_optimizer, momentum
 from raycnn.loop.range_test import RangeTest, range_test
-from raycnn.loop.ranks import Batch, rank, summed, world_size
+from raycnn.loop.ranks import Batch, gathered, rank, summed, world_size
 from raycnn.loop.steps import Step, Told, Trainer, evaluated_weights, training_size
 from raycnn.loop.timing import Clock
 
@@ -22,6 +22,7 @@ __all__ = [
     "blocks",
     "evaluate",
     "evaluated_weights",
+    "gathered",
     "learning_rate",
     "make_optimizer",
     "momentum",

@@ -1,11 +1,13 @@
 """The processes that train together, and what each of them is given."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -41,3 +43,11 @@ def summed(values: Sequence[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gathered(value: T) -> list[T]:
+    """The value of each rank, all of which have to ask, by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -143,7 +143,7 @@ class Trainer:
             loss.backward()
             self.clock.mark("all_reduce")
             return loss.detach()
-        pixels, labels, partners, share = self._prepared(batch, step, epoch, done)
+        pixels, labels, partners, share = self.prepared(batch, step, epoch, done)
         self.clock.mark("augment")
         total = torch.zeros((), device=self.device)
         count = min(self._config.accumulate, len(labels))
@@ -165,10 +165,14 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def _prepared(
+    def prepared(
         self, batch: Batch, step: int, epoch: int, done: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Augmented pixels, labels, and with mixing the partners' labels and the shares of the rows' own."""
+        """What the model is given of a batch, on its device.
+
+        Returns:
+            Augmented pixels, labels, and with mixing the partners' labels and the shares of the rows' own.
+        """
         pixels, labels, keys, lanes, sizes = (
             None if t is None else t.to(self.device, non_blocking=True) for t in batch
         )

@@ -13,7 +13,7 @@ import raycnn
 from raycnn.config import PackConfig
 from raycnn.errors import StorageError
 from raycnn.ledger import Ledger, Plan
-from raycnn.shards import FORMAT, MANIFEST, VERSION, summarise
+from raycnn.shards import FORMAT, MANIFEST, UNREADABLE, VERSION, summarise
 from raycnn.storage import Store
 
 DUPLICATE_ROWS = 4_000_000
@@ -33,7 +33,7 @@ def write_manifest(config: PackConfig, store: Store, ledger: Ledger, plan: Plan)
         )
     bad = sorted(tuple(b) for r in records for b in r["bad"])
     lines = (json.dumps({"key": k, "status": s, "detail": d}) + "\n" for k, s, d in bad)
-    store.put("unreadable.jsonl", "".join(lines).encode())
+    store.put(UNREADABLE, "".join(lines).encode())
     class_names = plan.content["class_names"]
     duplicates, examples = _duplicates(ledger, plan, class_names)
     store.put("duplicates.jsonl", "".join(json.dumps(e) + "\n" for e in examples).encode())

@@ -19,6 +19,7 @@ from raycnn.shards.layouts import open_collection, parse_class_names
 from raycnn.shards.packed import (
     FORMAT,
     MANIFEST,
+    UNREADABLE,
     VERSION,
     WORK,
     PackedCollection,
@@ -33,6 +34,7 @@ __all__ = [
     "MANIFEST",
     "SPLITS",
     "UNIT_BYTES",
+    "UNREADABLE",
     "VERSION",
     "WORK",
     "Collection",

@@ -16,7 +16,7 @@ from raycnn.shards.collection import SPLITS, Collection, Excludes, Sample, Slice
 from raycnn.shards.parquet import ParquetCollection
 from raycnn.storage import Entry, Store
 
-MANIFEST = "manifest.json"
+MANIFEST, UNREADABLE = "manifest.json", "unreadable.jsonl"
 WORK = "_pack"
 """Where `raycnn pack` keeps its plan and its records."""
 FORMAT = "raycnn-packed"
@@ -139,6 +139,10 @@ class PackedCollection(ParquetCollection):
     def counts(self, split: str) -> dict[str, int]:
         """Labelled rows of each class name in a split."""
         return self.manifest["splits"].get(split, {}).get("classes", {})
+
+    def unreadable(self) -> list[str]:
+        """Keys of the images of all splits that could not be decoded when they were packed."""
+        return [json.loads(line)["key"] for line in self.store.get(UNREADABLE).splitlines()]
 
     @property
     def digest(self) -> str:

@@ -20,7 +20,7 @@ from raycnn.config import TrainConfig, to_yaml
 from raycnn.data import Geometry
 from raycnn.drawing.canvas import encoded
 from raycnn.errors import Bad, ConfigError, StorageError
-from raycnn.shards import MANIFEST, PackedCollection, key_hash
+from raycnn.shards import MANIFEST, PackedCollection
 from raycnn.shards.order import Cursor, lanes_for
 from raycnn.storage import Store
 
@@ -283,37 +283,22 @@ class BadImages:
 
     def __init__(self, store: Store) -> None:
         """Go on with the lines that there are."""
-        self._store, self._is_written = store, True
-        text = store.get(self.PATH).decode() if store.head(self.PATH) else ""
-        lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self._store = store
+        self._written = store.get(self.PATH) if store.head(self.PATH) else b""
+        lines: list[dict[str, Any]] = [json.loads(line) for line in self._written.splitlines()]
         self._lines = {line["key"]: line for line in lines if "key" in line}
-        # Of those that are not listed an earlier process has told the number alone, and this one will meet them again.
-        self._earlier = sum(line.get("not_listed", 0) for line in lines)
-        self._others: set[int] = set()
 
-    def add(self, key: str, bad: Bad) -> None:
-        """One more; an image that was met before, in an earlier epoch, changes nothing."""
-        if key in self._lines:
-            return
-        if len(self._lines) < self.MOST:
-            self._lines[key] = {"key": key, "status": str(bad.status), "detail": bad.detail}
-            self._is_written = False
-            return
-        before = self._not_listed
-        self._others.add(key_hash(key, "raycnn-bad"))
-        self._is_written &= before == self._not_listed
-
-    @property
-    def _not_listed(self) -> int:
-        return max(self._earlier, len(self._others))
-
-    def write(self) -> None:
-        """Bring the file up to date, where something has changed."""
-        if self._is_written:
-            return
-        last = [{"not_listed": self._not_listed}] if self._not_listed else []
-        self._store.put(self.PATH, "".join(json.dumps(e) + "\n" for e in (*self._lines.values(), *last)).encode())
-        self._is_written = True
+    def write(self, found: Mapping[str, Bad], count: int) -> None:
+        """Add what an epoch has found; `count` is how many there are, listed or not."""
+        for key, bad in found.items():
+            if len(self._lines) < self.MOST:
+                self._lines.setdefault(key, {"key": key, "status": str(bad.status), "detail": bad.detail})
+        others = count - len(self._lines)
+        lines = [*self._lines.values(), *([{"not_listed": others}] if others > 0 else [])]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        if content != self._written:
+            self._store.put(self.PATH, content)
+            self._written = content
 
 
 def repeat_command(store: Store) -> str:

@@ -1,28 +1,30 @@
 """What each training worker runs, from the last whole checkpoint to the bundle."""
 
-import functools
 import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from raycnn import bundle as bundles
 from raycnn import data, images, loop
-from raycnn.config import GIB, MIB, ImageSpec, TrainConfig, make
+from raycnn.config import ImageSpec, TrainConfig, make
 from raycnn.errors import Bad, DataError, Status
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
 from raycnn.shards import PackedCollection, open_collection
-from raycnn.shards.order import Cursor, epoch_pieces, first_rows, step_counts, steps_per_epoch
+from raycnn.shards.order import Cursor
 from raycnn.storage import open_store
 from raycnn.training.folder import (
     FIND_LR,
     FIND_LR_PLOT,
     PICTURES,
+    BadImages,
     Checkpoints,
     History,
     Saving,
@@ -30,22 +32,9 @@ from raycnn.training.folder import (
     ended,
     resume_at,
 )
-from raycnn.training.pictures import find_lr_picture, run_pictures
+from raycnn.training.pictures import confusion_picture, find_lr_picture, run_pictures, samples_picture
+from raycnn.training.samples import Samples, to_torch
 
-PIECE_BYTES = 96 * MIB
-"""Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
-waits for its blocks to be taken keeps its CPU: those of training would starve those of validation for ever."""
-VAL_CACHE_BYTES = 256 * MIB
-"""Decoded validation pixels that a worker keeps, so that later epochs do not decode them again."""
-PIECE_ROWS = 4096
-"""Most rows that it makes; a task takes 10 ms beside its work, in which it could decode hundreds of tiny images."""
-HEAD_ROWS = 16
-"""Least rows of each lane that are decoded first of all, so that the first step comes soon."""
-STREAM_ITEMS = (64, 512)
-"""Items that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
-pass before the first is decoded; so the first step does not wait long, and later executions are rare."""
-BATCHES_AHEAD = 2
-"""Batches that are ready before a step asks for them: pages of the decoded cache may have to come from the disk."""
 PROGRESS_S = 0.5
 PREEMPTION_S = 2.0
 """Between two questions whether a node is about to be taken away; each is a barrier of all ranks."""
@@ -53,6 +42,7 @@ COUNTS, ELAPSED, VALIDATION = "counts", "elapsed_s", "validation"
 """Tensors of a checkpoint beside those of the trainer."""
 NO_COUNTS = [0.0] * (3 + len(Status))
 """Of an epoch, over all ranks: the sum of the losses, trained rows, rows without a label, bad ones of each status."""
+UNLABELLED = "unlabelled"
 SELFTEST_IMAGES = 8
 FIND_LR_STEPS = 200
 
@@ -87,8 +77,7 @@ def work(arguments: dict[str, Any]) -> None:
             classifier.freeze()
         if config.compile:
             classifier.compile()
-        geometry = arguments["geometry"] and data.Geometry(*arguments["geometry"])
-        run = _Run(config, packed, spec, arguments["lanes"], plan, arguments["board"], geometry)
+        run = _Run(config, packed, spec, plan, arguments)
         trainer = run.trainer(classifier, prepare_model(classifier))
         if config.find_lr:
             run.find_rate(trainer)
@@ -107,25 +96,20 @@ class _Run:
         config: TrainConfig,
         packed: PackedCollection,
         spec: ImageSpec,
-        lanes: int,
         plan: data.TrainPlan,
-        board: Any,
-        geometry: data.Geometry | None,
+        arguments: Mapping[str, Any],
     ) -> None:
         import ray.train
         from ray.train.torch import get_device
 
         context = ray.train.get_context()
         self.rank, self._world, self._device = context.get_world_rank(), context.get_world_size(), get_device()
-        self._config, self._packed, self._spec, self._plan = config, packed, spec, plan
-        self._board, self._lanes, self._geometry = board, lanes, geometry
-        self._is_first_of_node = context.get_local_rank() == 0
-        self._owned = [lane for lane in range(lanes) if lane % self._world == self.rank]
+        self._config, self._packed, self._board = config, packed, arguments["board"]
         self._store = open_store(config.run)
-        self._groups = list(packed.select("train", Counter()))
-        self._rows = sum(g.rows for g in self._groups)
-        self._steps = steps_per_epoch(self._rows, config.batch_size)
-        self._val: list[loop.Batch] | None = None
+        geometry = arguments["geometry"] and data.Geometry(*arguments["geometry"])
+        say = self._say if context.get_local_rank() == 0 else _say_nothing
+        self._samples = Samples(config, packed, spec, plan, arguments["lanes"], geometry, say)
+        self._steps, self._rows = self._samples.steps, self._samples.rows
         self._last_post = self._last_look = 0.0
         self._began = time.perf_counter()
         self._first_step_at: float | None = None
@@ -139,7 +123,7 @@ class _Run:
 
     def find_rate(self, trainer: loop.Trainer) -> None:
         """Leave a range test of learning rates in the run folder, and nothing else."""
-        batches = map(_to_torch, self._batches(Cursor(0, 0)))
+        batches = map(to_torch, self._samples.batches(Cursor(0, 0)))
         found = loop.range_test(trainer, batches, min(FIND_LR_STEPS, self._steps * self._config.epochs))
         if self.rank == 0:
             self._store.put(FIND_LR_PLOT, find_lr_picture(*found))
@@ -149,24 +133,27 @@ class _Run:
         """Run the epochs that are left."""
         with Saving(self._store) as saving:
             first, counts = self._resume(saving.checkpoints, trainer)
-            history = History(self._store)
+            history, bad = History(self._store), BadImages(self._store)
             history.cut(first.epoch)
-            batches = self._batches(first)
+            batches = self._samples.batches(first)
             with TensorBoard(self._store, self.rank == 0, first.epoch * self._steps) as board:
-                is_over = ended(self._config, history.lines) is not None
-                while not is_over:
-                    line, metrics = self._epoch(first, counts, trainer, batches, saving)
+                while not self._is_over(history):
+                    tally = _Tally(counts)
+                    line = self._epoch(first, tally, trainer, batches, saving)
+                    metrics = self._evaluated(trainer, line)
+                    self._list_bad(bad, tally, line)
                     if self.rank == 0:
                         history.add(line)
-                        board.add(line)
-                        saving.save(
-                            self._state(trainer) | {VALIDATION: metrics.to_vector()}, first, metrics.accuracy_top1
-                        )
+                        board.add(line, self._pictures(metrics, tally))
+                        state = self._state(trainer) | {VALIDATION: metrics.to_vector()}
+                        saving.save(state, first, metrics.accuracy_top1)
                         self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
-                    is_over = bool(
-                        self._sum([float(self.rank == 0 and ended(self._config, history.lines) is not None)])[0]
-                    )
                     first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
+
+    def _is_over(self, history: History) -> bool:
+        """As rank 0 has it, whose history is whole."""
+        is_over = self.rank == 0 and ended(self._config, history.lines) is not None
+        return bool(self._sum([float(is_over)])[0])
 
     def _resume(self, checkpoints: Checkpoints, trainer: loop.Trainer) -> tuple[Cursor, list[float]]:
         """Load the checkpoint that rank 0 finds, so that all ranks go on from one; where, and what it had counted."""
@@ -191,57 +178,78 @@ class _Run:
     def _epoch(
         self,
         first: Cursor,
-        counts: list[float],
+        tally: "_Tally",
         trainer: loop.Trainer,
         batches: Iterator[data.FeedBatch],
         saving: Saving,
-    ) -> tuple[dict[str, Any], Metrics]:
-        """What is left of an epoch, its line, and how the model does after it.
-
-        `counts` is what an earlier process had counted of it.
-        """
-        epoch, start, rows_before = first.epoch, time.perf_counter(), counts[1]
+    ) -> dict[str, Any]:
+        """What is left of an epoch, and its line."""
+        start, rows_before = time.perf_counter(), tally.counts[1]
         trainer.clock.begin()
         for step in range(first.step, self._steps):
-            taken = next(batches)
-            done = trainer.step(_to_torch(taken), epoch * self._steps + step, epoch, self._told())
+            taken, at = next(batches), first.epoch * self._steps + step
+            batch = to_torch(taken)
+            if at == 0 and self.rank == 0:
+                tally.shown = trainer.prepared(batch, 0, 0, 0.0)[0].round().byte().cpu().numpy()
+            done = trainer.step(batch, at, first.epoch, self._told())
             self._first_step_at = self._first_step_at or time.time()
-            found = [sum(f.status == word for f in taken.failures) for word in Status]
-            found = [done.loss, done.rows, taken.unlabelled, *found]
-            counts = [a + b for a, b in zip(counts, found, strict=True)]
-            self._post_step(epoch, step, int(counts[1] - rows_before), start)
+            tally.add(done, taken)
+            self._post_step(first.epoch, step, int(tally.counts[1] - rows_before), start)
             if done.told.time_used >= 1:
                 break
             is_due = (step + 1) % self._config.checkpoint_every == 0 or self._is_preempted(done.told)
             if is_due and step + 1 < self._steps:
-                so_far = self._sum(counts)
+                so_far = self._sum(tally.counts)
                 self._skipped(so_far)
                 if self.rank == 0:
-                    saving.save(self._state(trainer) | {COUNTS: torch.tensor(so_far)}, Cursor(epoch, step + 1))
+                    saving.save(self._state(trainer) | {COUNTS: torch.tensor(so_far)}, Cursor(first.epoch, step + 1))
                 trainer.clock.mark("checkpoint")
-        total, all_rows, *_ = everything = self._sum(counts)
-        skipped = self._skipped(everything)
+        total, all_rows, *_ = everything = self._sum(tally.counts)
         seconds = time.perf_counter() - start
-        trainer.clock.begin()
-        metrics = loop.evaluate(trainer.evaluated, self._val_batches(), len(self._packed.class_names))
-        trainer.clock.mark("validation")
         line = {
-            "epoch": epoch,
-            "step": epoch * self._steps + step + 1,
+            "epoch": first.epoch,
+            "step": at + 1,
             "train/loss": total / max(1.0, all_rows),
-            "val/loss": metrics.loss,
-            "metrics/accuracy_top1": metrics.accuracy_top1,
-            "metrics/accuracy_top5": metrics.accuracy_top5,
             "lr": loop.learning_rate(self._config, done.done),
             "images_per_s": (all_rows - rows_before) / seconds,  # of rank 0, which alone knows the rows before
             "seconds": seconds,
+            "skipped": self._skipped(everything),
+        }
+        if first == (0, 0):
+            line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
+        return line
+
+    def _evaluated(self, trainer: loop.Trainer, line: dict[str, Any]) -> Metrics:
+        """How the model does now; also what the epoch's line says of it, and of the time of both."""
+        trainer.clock.mark("other")
+        metrics = loop.evaluate(trainer.evaluated, self._samples.validation(), len(self._packed.class_names))
+        trainer.clock.mark("validation")
+        line |= {
+            "val/loss": metrics.loss,
+            "metrics/accuracy_top1": metrics.accuracy_top1,
+            "metrics/accuracy_top5": metrics.accuracy_top5,
             "elapsed_s": self._elapsed(),
             "time": _shares(trainer.clock.take()),
-            "skipped": skipped,
         }
-        if epoch == 0 and first.step == 0:
-            line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
-        return line, metrics
+        return metrics
+
+    def _list_bad(self, bad: BadImages, tally: "_Tally", line: dict[str, Any]) -> None:
+        """Of all ranks, by name: what the decoded cache knows by its hash alone, packing has listed."""
+        count = sum(n for word, n in line["skipped"].items() if word != UNLABELLED)
+        if not count:
+            return
+        failures = list(itertools.chain.from_iterable(loop.gathered(tally.failures)))
+        if self.rank == 0:
+            nameless = any(not failure.key for failure in failures)
+            names = {data.feed_key(key): key for key in self._packed.unreadable()} if nameless else {}
+            found = {f.key or names.get(f.hash, ""): f.bad for f in failures}
+            found.pop("", None)
+            bad.write(found, count)
+
+    def _pictures(self, metrics: Metrics, tally: "_Tally") -> dict[str, bytes]:
+        """For TensorBoard."""
+        shown = {"confusion matrix": confusion_picture(metrics.confusion.numpy(), self._packed.class_names)}
+        return shown | ({"training images": samples_picture(tally.shown)} if tally.shown is not None else {})
 
     def _told(self) -> loop.Told:
         """What rank 0 tells all others with a step; they say nothing."""
@@ -270,7 +278,7 @@ class _Run:
         _, _, unlabelled, *bad = counts
         skipped = {str(word): int(count) for word, count in zip(Status, bad, strict=True) if count}
         check_bad(skipped, self._rows, self._config.max_bad)
-        return skipped | ({"unlabelled": int(unlabelled)} if unlabelled else {})
+        return skipped | ({UNLABELLED: int(unlabelled)} if unlabelled else {})
 
     def _sum(self, values: list[float]) -> list[float]:
         """Each value added up over the ranks."""
@@ -289,89 +297,30 @@ class _Run:
     def _post(self, event: dict[str, Any]) -> None:
         self._board.post.remote(event)
 
-    def _batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
-        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread."""
-        return data.read_ahead(self._made_batches(first), BATCHES_AHEAD)
-
-    def _made_batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
-        c, geometry = self._config, self._geometry
-        starts = [first, *(Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))]
-        cache = None if geometry is None else self._cache(geometry)
-        epochs = map(
-            self._pieces, starts, itertools.chain([max(HEAD_ROWS, c.batch_size // self._lanes)], itertools.repeat(0))
-        )
-        if cache is None:
-            # What is decoded anyway is best decoded without a pause between epochs.
-            epochs = iter([itertools.chain.from_iterable(epochs)])
-        arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale, "geometry": geometry}
-        blocks = (block for pieces in epochs for block in self._stream(pieces, arguments, cache))
-        buffers = data.LaneBuffers(blocks, self._spec, cache)
-        has_boxes = geometry is None or (not geometry.short and c.crop_scale == 1)
-        for start in starts:
-            rows = first_rows(self._rows, c.batch_size, self._lanes, self._owned, start.step)
-            buffers.begin(start.epoch, rows)
-            for step in range(start.step, self._steps):
-                counts = step_counts(self._rows, c.batch_size, self._lanes, self._owned, step)
-                taken = buffers.take(list(counts))
-                yield taken._replace(sizes=None) if has_boxes else taken
-
-    def _pieces(self, start: Cursor, head: int) -> Iterator[dict[str, Any]]:
-        """What is left of an epoch for this rank to read; `head` rows of each lane first, unless it is 0."""
-        c, positions = self._config, [0, *itertools.accumulate(g.rows for g in self._groups)]
-        for piece in epoch_pieces(
-            self._groups, c.seed, start, c.batch_size, self._lanes, self._owned, self._most_rows(), head
-        ):
-            yield piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
-
-    def _most_rows(self) -> int:
-        """That one task may decode, of the training or of the validation split."""
-        sizes = [self._spec.height * self._spec.width * self._spec.channels]
-        sizes += [self._geometry.slot_bytes] if self._geometry else []
-        return max(1, min(PIECE_ROWS, PIECE_BYTES // max(sizes)))
-
-    def _cache(self, geometry: data.Geometry) -> data.Cache | None:
-        budget = int(self._config.cache_gib * GIB)
-        if not budget:
-            return None
-        say = self._say if self._is_first_of_node else _say_nothing
-        return data.open_cache(self._packed.digest, geometry, self._rows, budget, say)
-
     def _say(self, text: str) -> None:
         self._post({"kind": "note", "text": text})
 
-    def _stream(
-        self, pieces: Iterable[dict[str, Any]], arguments: dict[str, Any], cache: data.Cache | None = None
-    ) -> Iterator[data.Block]:
-        size, most = STREAM_ITEMS
-        items = data.items_of(pieces, self._most_rows(), arguments.get("seed"), cache)
-        while chunk := list(itertools.islice(items, size)):
-            decoded = functools.partial(data.stream, data.decode, plan=self._plan, arguments=arguments)
-            yield from decoded(chunk) if cache is None else data.through_cache(chunk, decoded, self._config.seed, cache)
-            size = min(2 * size, most)
 
-    def _decode_arguments(self) -> dict[str, Any]:
-        spec = self._spec.model_dump(mode="json")
-        return {"url": self._packed.store.url, "digest": self._packed.digest, "spec": spec}
+class _Tally:
+    """What an epoch has come to on this rank."""
 
-    def _val_batches(self) -> Iterator[loop.Batch]:
-        """This rank's share of the validation split: whole ranges of rows, each row on exactly one rank."""
-        if self._val is not None:
-            yield from self._val
-            return
-        groups = list(self._packed.select("val", Counter()))
-        rows = sum(g.rows for g in groups)
-        low, high = self.rank * rows // self._world, (self.rank + 1) * rows // self._world
-        size = (high - low) * self._spec.height * self._spec.width * self._spec.channels
-        kept: list[loop.Batch] | None = [] if size <= VAL_CACHE_BYTES else None
-        pieces = data.row_ranges(groups, low, high, self._most_rows())
-        for block in self._stream(pieces, self._decode_arguments()):
-            for at in range(0, len(block["label"]), self._config.batch_size):
-                part = {k: v[at : at + self._config.batch_size] for k, v in block.items()}
-                batch = _to_torch(data.join([part], self._spec))
-                if kept is not None:
-                    kept.append(batch)
-                yield batch
-        self._val = kept
+    def __init__(self, counts: list[float]) -> None:
+        """Go on with what an earlier process had counted, on all ranks."""
+        self.counts = counts
+        self.failures: list[data.Failure] = []
+        self.shown: npt.NDArray[np.uint8] | None = None
+        """The run's first batch, as the network is given it."""
+
+    def add(self, done: loop.Step, taken: data.FeedBatch) -> None:
+        """One step more."""
+        found = [sum(f.bad.status == word for f in taken.failures) for word in Status]
+        found = [done.loss, done.rows, taken.unlabelled, *found]
+        self.counts = [a + b for a, b in zip(self.counts, found, strict=True)]
+        self.failures += taken.failures[: BadImages.MOST - len(self.failures)]
+
+
+def _say_nothing(text: str) -> None:
+    """Another rank of the node has said it."""
 
 
 def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classifier) -> None:
@@ -409,12 +358,3 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
     """Of the time of an epoch and its validation, what went into each part of it."""
     whole = sum(seconds.values()) or 1.0
     return {name: round(spent / whole, 4) for name, spent in seconds.items()}
-
-
-def _say_nothing(text: str) -> None:
-    """Another rank of the node has said it."""
-
-
-def _to_torch(taken: data.FeedBatch) -> loop.Batch:
-    pixels, labels, keys, lanes = map(torch.from_numpy, (taken.pixels, taken.labels, taken.keys, taken.lanes))
-    return loop.Batch(pixels, labels, keys, lanes, None if taken.sizes is None else torch.from_numpy(taken.sizes))

@@ -1,0 +1,151 @@
+"""What a training worker is given: its share of every step, and of validation."""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from raycnn import data, loop
+from raycnn.config import GIB, MIB, ImageSpec, TrainConfig
+from raycnn.shards import PackedCollection
+from raycnn.shards.order import Cursor, epoch_pieces, first_rows, step_counts, steps_per_epoch
+
+PIECE_BYTES = 96 * MIB
+"""Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
+waits for its blocks to be taken keeps its CPU: those of training would starve those of validation for ever."""
+VAL_CACHE_BYTES = 256 * MIB
+"""Decoded validation pixels that a worker keeps, so that later epochs do not decode them again."""
+PIECE_ROWS = 4096
+"""Most rows that it makes; a task takes 10 ms beside its work, in which it could decode hundreds of tiny images."""
+HEAD_ROWS = 16
+"""Least rows of each lane that are decoded first of all, so that the first step comes soon."""
+STREAM_ITEMS = (64, 512)
+"""Items that one Ray Data execution is made of: the first, and at most. Each takes 2 ms to be submitted, all of which
+pass before the first is decoded; so the first step does not wait long, and later executions are rare."""
+BATCHES_AHEAD = 2
+"""Batches that are ready before a step asks for them: pages of the decoded cache may have to come from the disk."""
+
+
+class Samples:
+    """The training and the validation split, as one rank of a number of ranks is given them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        packed: PackedCollection,
+        spec: ImageSpec,
+        plan: data.TrainPlan,
+        lanes: int,
+        geometry: data.Geometry | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Plan what this rank reads.
+
+        Args:
+            config: How to train.
+            packed: The data.
+            spec: The model's input.
+            plan: What decode tasks may use.
+            lanes: Of the run; a rank owns whole ones.
+            geometry: How decoded images are kept; None where the run keeps none.
+            say: Is told why no more can be kept on this node.
+        """
+        self._config, self._packed, self._spec, self._plan = config, packed, spec, plan
+        self._lanes, self._geometry, self._say = lanes, geometry, say
+        self._rank, self._world = loop.rank(), loop.world_size()
+        self._owned = [lane for lane in range(lanes) if lane % self._world == self._rank]
+        self._groups = list(packed.select("train", Counter()))
+        self.rows = sum(g.rows for g in self._groups)
+        """Of the training split, over all ranks."""
+        self.steps = steps_per_epoch(self.rows, config.batch_size)
+        """Of an epoch."""
+        self._val: list[loop.Batch] | None = None
+
+    def batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
+        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread."""
+        return data.read_ahead(self._made_batches(first), BATCHES_AHEAD)
+
+    def _made_batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
+        c, geometry = self._config, self._geometry
+        starts = [first, *(Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))]
+        cache = None if geometry is None else self._cache(geometry)
+        epochs = map(
+            self._pieces, starts, itertools.chain([max(HEAD_ROWS, c.batch_size // self._lanes)], itertools.repeat(0))
+        )
+        if cache is None:
+            # What is decoded anyway is best decoded without a pause between epochs.
+            epochs = iter([itertools.chain.from_iterable(epochs)])
+        arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale, "geometry": geometry}
+        blocks = (block for pieces in epochs for block in self._stream(pieces, arguments, cache))
+        buffers = data.LaneBuffers(blocks, self._spec, cache)
+        has_boxes = geometry is None or (not geometry.short and c.crop_scale == 1)
+        for start in starts:
+            rows = first_rows(self.rows, c.batch_size, self._lanes, self._owned, start.step)
+            buffers.begin(start.epoch, rows)
+            for step in range(start.step, self.steps):
+                counts = step_counts(self.rows, c.batch_size, self._lanes, self._owned, step)
+                taken = buffers.take(list(counts))
+                yield taken._replace(sizes=None) if has_boxes else taken
+
+    def _pieces(self, start: Cursor, head: int) -> Iterator[dict[str, Any]]:
+        """What is left of an epoch for this rank to read; `head` rows of each lane first, unless it is 0."""
+        c, positions = self._config, [0, *itertools.accumulate(g.rows for g in self._groups)]
+        for piece in epoch_pieces(
+            self._groups, c.seed, start, c.batch_size, self._lanes, self._owned, self._most_rows(), head
+        ):
+            yield piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
+
+    def _most_rows(self) -> int:
+        """That one task may decode, of the training or of the validation split."""
+        sizes = [self._spec.height * self._spec.width * self._spec.channels]
+        sizes += [self._geometry.slot_bytes] if self._geometry else []
+        return max(1, min(PIECE_ROWS, PIECE_BYTES // max(sizes)))
+
+    def _cache(self, geometry: data.Geometry) -> data.Cache | None:
+        budget = int(self._config.cache_gib * GIB)
+        if not budget:
+            return None
+        return data.open_cache(self._packed.digest, geometry, self.rows, budget, self._say)
+
+    def _stream(
+        self, pieces: Iterable[dict[str, Any]], arguments: dict[str, Any], cache: data.Cache | None = None
+    ) -> Iterator[data.Block]:
+        size, most = STREAM_ITEMS
+        items = data.items_of(pieces, self._most_rows(), arguments.get("seed"), cache)
+        while chunk := list(itertools.islice(items, size)):
+            decoded = functools.partial(data.stream, data.decode, plan=self._plan, arguments=arguments)
+            yield from decoded(chunk) if cache is None else data.through_cache(chunk, decoded, self._config.seed, cache)
+            size = min(2 * size, most)
+
+    def _decode_arguments(self) -> dict[str, Any]:
+        spec = self._spec.model_dump(mode="json")
+        return {"url": self._packed.store.url, "digest": self._packed.digest, "spec": spec}
+
+    def validation(self) -> Iterator[loop.Batch]:
+        """This rank's share of the validation split: whole ranges of rows, each row on exactly one rank."""
+        if self._val is not None:
+            yield from self._val
+            return
+        groups = list(self._packed.select("val", Counter()))
+        rows = sum(g.rows for g in groups)
+        low, high = self._rank * rows // self._world, (self._rank + 1) * rows // self._world
+        size = (high - low) * self._spec.height * self._spec.width * self._spec.channels
+        kept: list[loop.Batch] | None = [] if size <= VAL_CACHE_BYTES else None
+        pieces = data.row_ranges(groups, low, high, self._most_rows())
+        for block in self._stream(pieces, self._decode_arguments()):
+            for at in range(0, len(block["label"]), self._config.batch_size):
+                part = {k: v[at : at + self._config.batch_size] for k, v in block.items()}
+                batch = to_torch(data.join([part], self._spec))
+                if kept is not None:
+                    kept.append(batch)
+                yield batch
+        self._val = kept
+
+
+def to_torch(taken: data.FeedBatch) -> loop.Batch:
+    """The same memory as tensors."""
+    pixels, labels, keys, lanes = map(torch.from_numpy, (taken.pixels, taken.labels, taken.keys, taken.lanes))
+    return loop.Batch(pixels, labels, keys, lanes, None if taken.sizes is None else torch.from_numpy(taken.sizes))
