@@ -337,10 +337,12 @@ def test_the_time_of_a_step_is_told_apart():
 def test_biases_and_normalisation_are_not_decayed():
     model = restless()
     before = {k: v.clone() for k, v in model.named_parameters()}
-    Trainer(model, config(optimizer="adamw", weight_decay=0.5), 10).step(images(0), 0)
+    settings = config(optimizer="adamw", weight_decay=0.5)
+    Trainer(model, settings, 10).step(images(0), 0)
     decayed = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
     assert decayed == {"net.0.weight", "net.5.weight"}
-    torch.testing.assert_close(model.net[5].weight, before["net.5.weight"] * (1 - 0.1 * 0.5))
+    rate = loop.learning_rate(settings, 0.05)
+    torch.testing.assert_close(model.net[5].weight, before["net.5.weight"] * (1 - rate * 0.5))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_weight_is_changed():

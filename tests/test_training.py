@@ -21,8 +21,8 @@ from raycnn.models import build
 from raycnn.shards import PackedCollection, open_collection
 from raycnn.shards.order import Cursor
 from raycnn.storage import open_store
-from raycnn.training import Checkpoints, image_spec, train
-from raycnn.training.folder import History, claim, resume_at
+from raycnn.training import Checkpoints, RateReport, image_spec, train
+from raycnn.training.folder import History, claim, ended, resume_at
 from raycnn.training.rank import hand_over
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -141,7 +141,10 @@ def test_a_run_that_is_to_end_sooner_than_it_has_come_is_finished(packed, tmp_pa
     pixels, labels = torch.zeros((2, 8, 8, 1), dtype=torch.uint8), torch.tensor([0, 1])
     metrics = loop.evaluate(classifier, [loop.Batch(pixels, labels, labels, labels)], 2)
     Checkpoints(store).save(state | {"validation": metrics.to_vector()}, Cursor(6, 0), 0.5)
-    History(store).add({"epoch": 6, "step": 70, "images_per_s": 1.0, "skipped": {}})
+    numbers = dict.fromkeys(("train/loss", "val/loss", "metrics/accuracy_top1", "lr", "images_per_s"), 0.5)
+    history = History(store)
+    for epoch in range(7):
+        history.add({"epoch": epoch, "step": 10 * (epoch + 1), "skipped": {}} | numbers)
     hand_over(config, collection, classifier)
     assert train(config).epochs == 7
     assert train(config_of(packed, tmp_path, epochs=7)).resumed_at_epoch == 7
@@ -231,3 +234,74 @@ def test_a_class_without_training_images_is_named(tmp_path):
     raycnn.pack(str(tmp_path / "raw"), str(tmp_path / "packed"))
     with pytest.raises(DataError, match="no train image of 'c'; add some"):
         train(config_of(str(tmp_path / "packed"), tmp_path / "run"))
+
+
+def test_learning_rates_are_tried_before_the_run_that_takes_one(packed, tmp_path):
+    from raycnn.reporting import train as train_or_find
+
+    settings = {"batch_size": 4, "learning_rate": 0.5, "model": "classic"}
+    found = train_or_find(config_of(packed, tmp_path, find_lr=True, **settings))
+    assert isinstance(found, RateReport)
+    assert 1e-5 < found.suggestion < 1
+    assert found.steps >= 20
+    assert Image.open(found.plot).format == "PNG"
+    assert not (tmp_path / "run.json").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_ends_when_its_time_is_up_and_its_schedule_with_it(packed, tmp_path):
+    config = config_of(packed, tmp_path, epochs=10_000, max_time="2s")
+    report = train(config)
+    lines = History(open_store(str(tmp_path))).lines
+    assert report.epochs == len(lines) < 1000
+    assert lines[-1]["lr"] < 1e-3 * config.learning_rate
+    assert lines[-1]["elapsed_s"] > 2
+    assert train(config).resumed_at_epoch == report.epochs  # it has ended, and stays so
+
+
+@pytest.mark.parametrize(
+    ("more", "accuracies", "over"),
+    [
+        ({"epochs": 2}, [0.5, 0.6], True),
+        ({"epochs": 9}, [0.5, 0.6], False),
+        ({"epochs": 9, "patience": 2}, [0.6, 0.5, 0.6], True),
+        ({"epochs": 9, "patience": 2}, [0.6, 0.5, 0.7], False),
+        ({"epochs": 9, "max_time": 25.0}, [0.5, 0.6], False),
+        ({"epochs": 9, "max_time": 15.0}, [0.5, 0.6], True),
+    ],
+)
+def test_when_a_run_is_over(more, accuracies, over):
+    lines = [{"metrics/accuracy_top1": a, "elapsed_s": 10.0 * (i + 1)} for i, a in enumerate(accuracies)]
+    assert (ended(config_of("d", "r", **more), lines) is not None) == over
+
+
+def test_what_a_run_leaves_says_what_it_has_met_and_where_its_time_went(packed, tmp_path):
+    train(config_of(packed, tmp_path, epochs=2, flip=True, ema=0.9, mixup=0.2, max_bad=0.5))
+    store = open_store(str(tmp_path))
+    lines, bad = History(store).lines, [json.loads(line) for line in store.get("bad.jsonl").splitlines()]
+    assert lines[0]["skipped"] == lines[1]["skipped"] == {"unsupported": len(bad)}
+    assert all((line["status"], line["key"][:5]) == ("unsupported", "left/") for line in bad)
+    for line in lines:
+        assert line["time"].keys() >= {"data", "forward", "backward", "optimizer", "validation"}
+        assert 0.99 < sum(line["time"].values()) < 1.01
+
+
+def test_a_size_to_grow_from_is_refused_where_the_model_cannot(packed, tmp_path):
+    with pytest.raises(ConfigError, match="start_size: classic takes images of 8 x 8 px only"):
+        train(config_of(packed, tmp_path / "run", start_size=4))
+    with pytest.raises(ConfigError, match="start_size: 9 is more than the images' side of 8 px"):
+        train(config_of(packed, tmp_path / "run", start_size=9))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_with_mirror_images_is_told_apart(packed, tmp_path):
+    collection = open_collection(packed)
+    assert isinstance(collection, PackedCollection)
+    classifier = build("classic", 2, image_spec(config_of(packed, tmp_path), collection.manifest), seed=0).eval()
+    bundles.save(str(tmp_path / "bundle"), classifier, collection.class_names, samples=[], data_fingerprint="")
+    found = raycnn.evaluate(str(tmp_path / "bundle"), packed, split="train", flips=True)
+    alone = raycnn.evaluate(str(tmp_path / "bundle"), packed, split="train")
+    assert alone.with_flips is None
+    assert found.accuracy_top1 == alone.accuracy_top1
+    assert found.with_flips is not None
+    assert found.with_flips["loss"] != found.loss
