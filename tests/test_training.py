@@ -276,7 +276,7 @@ def test_when_a_run_is_over(more, accuracies, over):
 
 
 def test_what_a_run_leaves_says_what_it_has_met_and_where_its_time_went(packed, tmp_path):
-    train(config_of(packed, tmp_path, epochs=2, flip=True, ema=0.9, mixup=0.2, max_bad=0.5))
+    report = train(config_of(packed, tmp_path, epochs=2, flip=True, ema=0.9, mixup=0.2, max_bad=0.5))
     store = open_store(str(tmp_path))
     lines, bad = History(store).lines, [json.loads(line) for line in store.get("bad.jsonl").splitlines()]
     assert lines[0]["skipped"] == lines[1]["skipped"] == {"unsupported": len(bad)}
@@ -284,6 +284,9 @@ def test_what_a_run_leaves_says_what_it_has_met_and_where_its_time_went(packed, 
     for line in lines:
         assert line["time"].keys() >= {"data", "forward", "backward", "optimizer", "validation"}
         assert 0.99 < sum(line["time"].values()) < 1.01
+    found, alone = (raycnn.evaluate(report.bundle, packed, split="train", flips=flips) for flips in (True, False))
+    assert (found.accuracy_top1, found.loss, alone.with_flips) == (alone.accuracy_top1, alone.loss, None)
+    assert found.with_flips["loss"] != found.loss
 
 
 def test_a_size_to_grow_from_is_refused_where_the_model_cannot(packed, tmp_path):
@@ -292,16 +295,3 @@ def test_a_size_to_grow_from_is_refused_where_the_model_cannot(packed, tmp_path)
     with pytest.raises(ConfigError, match="start_size: 9 is more than the images' side of 8 px"):
         train(config_of(packed, tmp_path / "run", start_size=9))
     assert not (tmp_path / "run").exists()
-
-
-def test_evaluation_with_mirror_images_is_told_apart(packed, tmp_path):
-    collection = open_collection(packed)
-    assert isinstance(collection, PackedCollection)
-    classifier = build("classic", 2, image_spec(config_of(packed, tmp_path), collection.manifest), seed=0).eval()
-    bundles.save(str(tmp_path / "bundle"), classifier, collection.class_names, samples=[], data_fingerprint="")
-    found = raycnn.evaluate(str(tmp_path / "bundle"), packed, split="train", flips=True)
-    alone = raycnn.evaluate(str(tmp_path / "bundle"), packed, split="train")
-    assert alone.with_flips is None
-    assert found.accuracy_top1 == alone.accuracy_top1
-    assert found.with_flips is not None
-    assert found.with_flips["loss"] != found.loss
