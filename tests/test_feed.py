@@ -12,7 +12,7 @@ SPEC = ImageSpec(height=2, width=2)
 def rows(labels: list[int], bad: list[str]) -> dict[str, np.ndarray]:
     pixels = np.zeros((len(labels), SPEC.height, SPEC.width, SPEC.channels), np.uint8)
     numbers = np.arange(len(labels))
-    named = {"label": np.array(labels, np.int64), "key": numbers - 2, "lane": numbers // 2}
+    named = {"label": np.array(labels, np.int64), "key": numbers - 2, "lane": numbers // 2, "copy": 0 * numbers}
     return {"pixels": pixels, "bad": np.array(bad, object)} | named
 
 

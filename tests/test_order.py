@@ -1,11 +1,12 @@
 """The order of training: every row once per epoch, the same global batches for any number of workers."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raycnn.shards import Slice
-from raycnn.shards.order import Cursor, epoch_pieces, lanes_for, row_order, step_counts, steps_per_epoch
+from raycnn.shards.order import Cursor, copies, epoch_pieces, lanes_for, row_order, step_counts, steps_per_epoch
 
 
 def groups_of(sizes: list[int]) -> list[Slice]:
@@ -82,3 +83,16 @@ def test_another_epoch_and_another_seed_give_another_order():
 @pytest.mark.parametrize(("workers", "lanes"), [(1, 8), (2, 8), (3, 9), (8, 8), (16, 16)])
 def test_workers_divide_the_lanes_of_a_new_run(workers, lanes):
     assert lanes_for(workers) == lanes
+
+
+def test_a_sampler_shows_rare_classes_as_often_as_frequent_ones_and_as_many_rows_as_there_are():
+    labels = [np.array([0] * 90 + [1] * 9 + [-1]), np.array([0] * 95 + [2] * 5)]
+    seen = [copies(labels, 3, epoch) for epoch in range(50)]
+    for times in seen:
+        assert [len(n) for n in times] == [100, 100]
+        assert sum(n.sum() for n in times) == 200
+        assert times[0][-1] == 0  # has no label
+        visits = [sum(n[own == c].sum() for n, own in zip(times, labels, strict=True)) for c in range(3)]
+        assert max(visits) - min(visits) <= 4
+    assert (sum(n[0] for n in seen) > 0).sum() == 99  # over the epochs all are seen
+    assert np.array_equal(np.concatenate(copies(labels, 3, 7)), np.concatenate(seen[7]))

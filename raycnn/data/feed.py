@@ -4,6 +4,7 @@ Nothing here imports torch: a task that decodes does not need it, and it takes s
 """
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from raycnn.shards import Collection, Sample, Slice, key_hash, open_collection
 from raycnn.shards.order import row_order
 
 Block = dict[str, np.ndarray]
-"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal (n,) int64, and bad (n,) text:
+"""Decoded rows: pixels (n, H, W, C) uint8, label, key, lane, epoch, ordinal, copy (n,) int64, and bad (n,) text:
 "" or what is wrong, as `STATUS tab KEY nul DETAIL`.
 
 Of images that are, or could be, in the decoded cache: row (n,) int64, the place within the split; size (n, 2) int32,
@@ -28,10 +29,15 @@ height and width; and pixels (n, B) uint8, the H x W x C bytes of each and zeros
 """
 
 Piece = dict[str, Any]
-"""A `shards.order.Piece` with its row group, `slice`, and `row`, the place of the group's first row in the split."""
+"""A `shards.order.Piece` with its row group, `slice`, and `row`, the place of the group's first row in the split.
+
+Where rows come more than once in an epoch, `rows` are those of the piece, and `copies` the how manieth time each comes.
+"""
 
 FIRST_ROWS = 64
 """Of the first item that is decoded, so that the first step comes soon."""
+ANOTHER = 0x632BE59BD9B4E019
+"""An odd number, whose multiples tell the copies of one image apart."""
 KEY_SALT = "raycnn-augment"
 """Of the hashes of keys that augmentation follows from."""
 
@@ -54,7 +60,7 @@ class FeedBatch(NamedTuple):
     labels: npt.NDArray[np.int64]
     """(n,)."""
     keys: npt.NDArray[np.int64]
-    """(n,): hashes of the images' keys."""
+    """(n,): hashes of the images' keys, and of the how manieth time that each comes in the epoch."""
     lanes: npt.NDArray[np.int64]
     """(n,)."""
     sizes: npt.NDArray[np.int32] | None
@@ -84,6 +90,8 @@ def row_ranges(groups: Sequence[Slice], low: int, high: int, max_rows: int) -> l
 
 def rows_of(piece: Piece, seed: int | None) -> npt.NDArray[np.int64]:
     """The rows of a piece, within its group: in the order of the seed, or as they stand there without one."""
+    if "rows" in piece:
+        return np.array(piece["rows"], np.int64)
     rows = Slice(*piece["slice"]).rows
     order = np.arange(rows) if seed is None else row_order(rows, seed, piece["epoch"], piece["group"])
     return order[piece["start"] : piece["stop"]]
@@ -151,17 +159,19 @@ def decode(
     packed, shape = _open_once(url, digest), ImageSpec(**spec)
     whole = None if geometry is None else Geometry(*geometry)
     chosen, made, rows = [], [], []
+    box = functools.partial(_box, shape, seed, crop_scale)
     for piece in item["pieces"]:
         samples, order = list(packed.read([Slice(*piece["slice"])])), rows_of(piece, seed)
         rows.append(piece["row"] + order)
-        for sample in (samples[i] for i in order):
+        for i, copy in zip(order, piece.get("copies") or itertools.repeat(0), strict=False):
+            sample = samples[i]
             chosen.append(sample)
             if sample.bad is not None:
                 made.append(sample.bad)
             elif whole is not None:
                 made.append(_whole(sample, shape, whole))
             else:
-                made.append(images.pixels(sample.encoded, shape, _box(sample, shape, seed, piece["epoch"], crop_scale)))
+                made.append(images.pixels(sample.encoded, shape, box(piece["epoch"], copy, sample.key)))
     bad = [f"{m.status}\t{s.key}\0{m.detail}" if isinstance(m, Bad) else "" for m, s in zip(made, chosen, strict=True)]
     block = {
         "label": np.array([-1 if s.label is None else s.label for s in chosen], np.int64),
@@ -178,10 +188,12 @@ def decode(
     return block | {"pixels": pixels}
 
 
-def _box(sample: Sample, shape: ImageSpec, seed: int | None, epoch: int, crop_scale: float) -> images.Choose | None:
+def _box(
+    shape: ImageSpec, seed: int | None, crop_scale: float, epoch: int, copy: int, key: str
+) -> images.Choose | None:
     if seed is None or crop_scale == 1:
         return None
-    rng = np.random.default_rng([seed, epoch, key_hash(sample.key, "raycnn-box")])
+    rng = np.random.default_rng([seed, epoch, copy, key_hash(key, "raycnn-box")])
     return images.random_box(shape, rng, scale=(crop_scale, 1.0))
 
 
@@ -205,7 +217,8 @@ def _places(pieces: Sequence[Piece]) -> Block:
     counts = [piece["stop"] - piece["start"] for piece in pieces]
     columns = {name: np.repeat([piece[name] for piece in pieces], counts) for name in ("lane", "epoch")}
     ordinals = [np.arange(piece["ordinal"], piece["ordinal"] + n) for piece, n in zip(pieces, counts, strict=True)]
-    return columns | {"ordinal": np.concatenate(ordinals)}
+    copies = [piece.get("copies") or [0] * n for piece, n in zip(pieces, counts, strict=True)]
+    return columns | {"ordinal": np.concatenate(ordinals), "copy": np.concatenate(copies).astype(np.int64)}
 
 
 class LaneBuffers:
@@ -257,13 +270,15 @@ def join(parts: Sequence[Block], spec: ImageSpec, cache: Cache | None = None) ->
     if not parts:
         none = np.zeros(0, np.int64)
         return FeedBatch(np.zeros((0, spec.height, spec.width, spec.channels), np.uint8), none, none, none, None, [], 0)
-    labels, keys, lanes, bad = (np.concatenate([p[k] for p in parts]) for k in ("label", "key", "lane", "bad"))
+    names = ("label", "key", "lane", "bad", "copy")
+    labels, keys, lanes, bad, copies = (np.concatenate([p[name] for p in parts]) for name in names)
     sizes = np.concatenate([p["size"] for p in parts]) if "size" in parts[0] else None
     pixels = np.concatenate([p["pixels"] for p in parts]) if sizes is None else _framed(parts, sizes, spec, cache)
     failures = [_failure(text, int(key)) for text, key in zip(bad, keys, strict=True) if text]
     readable = np.array([not text for text in bad], bool)
     usable = readable & (labels >= 0)
     unlabelled = int(np.count_nonzero(readable & ~usable))
+    keys = keys + copies * ANOTHER
     if not usable.all():
         pixels, labels, keys, lanes = pixels[usable], labels[usable], keys[usable], lanes[usable]
         sizes = None if sizes is None else sizes[usable]

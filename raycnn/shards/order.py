@@ -14,6 +14,8 @@ import numpy as np
 from raycnn.shards.collection import Slice
 
 MIN_LANES = 8
+SAMPLER = 0x73616D70
+"""Tells the random numbers of `copies` from those of the order."""
 
 
 class Cursor(NamedTuple):
@@ -66,6 +68,32 @@ def group_order(groups: int, seed: int, epoch: int) -> np.ndarray:
 def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
     """The rows of one row group in an epoch's order."""
     return np.random.default_rng([seed, epoch, 1 + group]).permutation(rows)
+
+
+def copies(labels: Sequence[np.ndarray], seed: int, epoch: int) -> list[np.ndarray]:
+    """How often each row is visited in an epoch that shows all classes alike often, and as many rows as there are.
+
+    Systematic sampling (Madow 1949) over the rows in a random order: a row that should come 2.3 times comes 2 or 3
+    times, by chance. Rows without a label do not come.
+
+    Args:
+        labels: int64 of each row group (n,); -1 where there is none.
+        seed: Of the run.
+        epoch: Each has its own choice.
+
+    Returns:
+        int64 of each row group (n,).
+    """
+    every = np.concatenate(labels)
+    counts = np.bincount(every[every >= 0])
+    weights = np.where(every >= 0, 1 / np.maximum(counts, 1)[every], 0.0)
+    rng = np.random.default_rng([seed, epoch, SAMPLER])
+    order = rng.permutation(len(every))
+    reached = np.floor(np.cumsum(weights[order]) * (len(every) / weights.sum()) + rng.random())
+    reached[-1] = len(every)  # whatever rounding has left of it
+    times = np.empty(len(every), np.int64)
+    times[order] = np.diff(reached, prepend=0).astype(np.int64)
+    return np.split(times, np.cumsum([len(group) for group in labels])[:-1])
 
 
 def epoch_pieces(

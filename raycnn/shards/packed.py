@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycnn.config import MIB
 from raycnn.errors import Bad, DataError, Status
 from raycnn.shards.collection import SPLITS, Collection, Excludes, Sample, Slice
-from raycnn.shards.parquet import ParquetCollection
+from raycnn.shards.parquet import ParquetCollection, column
 from raycnn.storage import Entry, Store
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.jsonl"
@@ -139,6 +140,11 @@ class PackedCollection(ParquetCollection):
     def counts(self, split: str) -> dict[str, int]:
         """Labelled rows of each class name in a split."""
         return self.manifest["splits"].get(split, {}).get("classes", {})
+
+    def labels(self, groups: Sequence[Slice]) -> list[np.ndarray]:
+        """int64 (rows,) of each row group; -1 where a row has none. Only this column is read."""
+        found = column(self.store, groups, "label")
+        return [np.array([-1 if n is None else n for n in values], np.int64) for values in found]
 
     def unreadable(self) -> list[str]:
         """Keys of the images of all splits that could not be decoded when they were packed."""

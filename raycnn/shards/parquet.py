@@ -295,3 +295,13 @@ def hugging_face_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
         return tuple(features[column]["names"])
     except (KeyError, TypeError, ValueError):
         return ()
+
+
+def column(store: Store, slices: Iterable[Slice], name: str) -> Iterator[list[Any]]:
+    """The values of one column in each slice; of the files nothing else is read."""
+    for (path, etag), run in groupby(slices, key=lambda s: (s.path, s.etag)):
+        with whole_object_errors(store.address(path)):
+            file = parquet_file(store, path, etag)
+            for piece in run:
+                batches = _row_range(file, [name], piece.first, piece.rows)
+                yield [value for _, batch in batches for value in batch[name].to_pylist()]

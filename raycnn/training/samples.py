@@ -6,12 +6,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from raycnn import data, loop
 from raycnn.config import GIB, MIB, ImageSpec, TrainConfig
 from raycnn.shards import PackedCollection
-from raycnn.shards.order import Cursor, epoch_pieces, first_rows, step_counts, steps_per_epoch
+from raycnn.shards.order import (
+    Cursor,
+    Piece,
+    copies,
+    epoch_pieces,
+    first_rows,
+    row_order,
+    step_counts,
+    steps_per_epoch,
+)
 
 PIECE_BYTES = 96 * MIB
 """Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
@@ -93,10 +104,19 @@ class Samples:
     def _pieces(self, start: Cursor, head: int) -> Iterator[dict[str, Any]]:
         """What is left of an epoch for this rank to read; `head` rows of each lane first, unless it is 0."""
         c, positions = self._config, [0, *itertools.accumulate(g.rows for g in self._groups)]
+        visits = [np.ones(g.rows, np.int64) for g in self._groups]
+        if c.imbalance == "sampler":
+            visits = copies(self._labels, c.seed, start.epoch)
+        visited = [g._replace(rows=int(n.sum())) for g, n in zip(self._groups, visits, strict=True)]
         for piece in epoch_pieces(
-            self._groups, c.seed, start, c.batch_size, self._lanes, self._owned, self._most_rows(), head
+            visited, c.seed, start, c.batch_size, self._lanes, self._owned, self._most_rows(), head
         ):
-            yield piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
+            made = piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
+            yield made | (_repeated(piece, visits[piece.group], c.seed) if c.imbalance == "sampler" else {})
+
+    @functools.cached_property
+    def _labels(self) -> list[npt.NDArray[np.int64]]:
+        return self._packed.labels(self._groups)
 
     def _most_rows(self) -> int:
         """That one task may decode, of the training or of the validation split."""
@@ -143,6 +163,14 @@ class Samples:
                     kept.append(batch)
                 yield batch
         self._val = kept
+
+
+def _repeated(piece: Piece, visits: npt.NDArray[np.int64], seed: int) -> dict[str, list[int]]:
+    """The rows of a piece of a group whose rows are visited so often, and the how manieth time each comes."""
+    rows = np.repeat(np.arange(len(visits)), visits)
+    nth = np.arange(len(rows)) - np.repeat(np.cumsum(visits) - visits, visits)
+    order = row_order(len(rows), seed, piece.epoch, piece.group)[piece.start : piece.stop]
+    return {"rows": rows[order].tolist(), "copies": nth[order].tolist()}
 
 
 def to_torch(taken: data.FeedBatch) -> loop.Batch:
