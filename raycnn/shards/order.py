@@ -73,7 +73,7 @@ def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
 def copies(labels: Sequence[np.ndarray], seed: int, epoch: int) -> list[np.ndarray]:
     """How often each row is visited in an epoch that shows all classes alike often, and as many rows as there are.
 
-    Systematic sampling (Madow 1949) over the rows in a random order: a row that should come 2.3 times comes 2 or 3
+    Systematic sampling (Madow 1949) over the rows of each class in a random order: a row that should come 2.3 times comes 2 or 3
     times, by chance. Rows without a label do not come.
 
     Args:
@@ -89,6 +89,7 @@ def copies(labels: Sequence[np.ndarray], seed: int, epoch: int) -> list[np.ndarr
     weights = np.where(every >= 0, 1 / np.maximum(counts, 1)[every], 0.0)
     rng = np.random.default_rng([seed, epoch, SAMPLER])
     order = rng.permutation(len(every))
+    order = order[np.argsort(every[order], kind="stable")]  # class by class, so that each has its share exactly
     reached = np.floor(np.cumsum(weights[order]) * (len(every) / weights.sum()) + rng.random())
     reached[-1] = len(every)  # whatever rounding has left of it
     times = np.empty(len(every), np.int64)
