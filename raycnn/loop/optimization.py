@@ -108,7 +108,9 @@ class Average:
         decay = min(self._decay, (1 + step) / (AVERAGE_WARMUP + step))
         mine, theirs = (list(chain(c.parameters(), c.buffers())) for c in (self.classifier, classifier))
         floats = [i for i, value in enumerate(mine) if value.is_floating_point()]
-        torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [mine[i] for i in floats], [theirs[i] for i in floats], 1 - decay
+        )
         for value, other in zip(mine, theirs, strict=True):
             if not value.is_floating_point():
                 value.copy_(other)

@@ -89,7 +89,7 @@ class Trainer:
         """What is evaluated, and becomes the bundle: the average where there is one."""
         return self.average.classifier if self.average is not None else self.classifier
 
-    def _reduce(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _reduce(self, _: object, bucket: Any) -> torch.futures.Future[Tensor]:
         """The usual all-reduce; what passes until the last of them is the backward pass itself."""
         self.clock.mark("backward")
         assert dist.group.WORLD is not None

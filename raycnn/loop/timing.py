@@ -1,7 +1,7 @@
 """Where the time of training goes."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 
 import torch
 
@@ -15,7 +15,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         """Begin now."""
         self._is_cuda = device.type == "cuda"
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event]] = []
         self.begin()
 
@@ -51,5 +51,5 @@ class Clock:
                 if name:
                     self._seconds[name] += before.elapsed_time(event) / 1000
             self._events = self._events[-1:]
-        taken, self._seconds = dict(self._seconds), Counter()
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken

@@ -72,7 +72,7 @@ def work(arguments: dict[str, Any]) -> None:
         assert isinstance(packed, PackedCollection)
         spec = ImageSpec(**arguments["spec"])
         classifier = build(config.model, len(packed.class_names), spec, config.weights, seed=config.seed)
-        classifier = classifier.to(device, memory_format=torch.channels_last)
+        classifier = classifier.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if config.freeze:
             classifier.freeze()
         if config.compile:
@@ -186,13 +186,41 @@ class _Run:
         """What is left of an epoch, and its line."""
         start, rows_before = time.perf_counter(), tally.counts[1]
         trainer.clock.begin()
+        steps, share = self._steps_left(first, tally, trainer, batches, saving)
+        total, all_rows, *_ = everything = self._sum(tally.counts)
+        seconds = time.perf_counter() - start
+        line = {
+            "epoch": first.epoch,
+            "step": steps,
+            "train/loss": total / max(1.0, all_rows),
+            "lr": loop.learning_rate(self._config, share),
+            "images_per_s": (all_rows - rows_before) / seconds,  # of rank 0, which alone knows the rows before
+            "seconds": seconds,
+            "skipped": self._skipped(everything),
+        }
+        if first == (0, 0):
+            line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
+        return line
+
+    def _steps_left(
+        self,
+        first: Cursor,
+        tally: "_Tally",
+        trainer: loop.Trainer,
+        batches: Iterator[data.FeedBatch],
+        saving: Saving,
+    ) -> tuple[int, float]:
+        """How many steps the run has taken then, and which share of it that is."""
+        start, rows_before, share = time.perf_counter(), tally.counts[1], 0.0
+        at = first.epoch * self._steps + first.step
         for step in range(first.step, self._steps):
-            taken, at = next(batches), first.epoch * self._steps + step
+            taken = next(batches)
             batch = to_torch(taken)
             if at == 0 and self.rank == 0:
                 tally.shown = trainer.prepared(batch, 0, 0, 0.0)[0].round().byte().cpu().numpy()
             done = trainer.step(batch, at, first.epoch, self._told())
             self._first_step_at = self._first_step_at or time.time()
+            at, share = at + 1, done.done
             tally.add(done, taken)
             self._post_step(first.epoch, step, int(tally.counts[1] - rows_before), start)
             if done.told.time_used >= 1:
@@ -204,20 +232,7 @@ class _Run:
                 if self.rank == 0:
                     saving.save(self._state(trainer) | {COUNTS: torch.tensor(so_far)}, Cursor(first.epoch, step + 1))
                 trainer.clock.mark("checkpoint")
-        total, all_rows, *_ = everything = self._sum(tally.counts)
-        seconds = time.perf_counter() - start
-        line = {
-            "epoch": first.epoch,
-            "step": at + 1,
-            "train/loss": total / max(1.0, all_rows),
-            "lr": loop.learning_rate(self._config, done.done),
-            "images_per_s": (all_rows - rows_before) / seconds,  # of rank 0, which alone knows the rows before
-            "seconds": seconds,
-            "skipped": self._skipped(everything),
-        }
-        if first == (0, 0):
-            line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
-        return line
+        return at, share
 
     def _evaluated(self, trainer: loop.Trainer, line: dict[str, Any]) -> Metrics:
         """How the model does now; also what the epoch's line says of it, and of the time of both."""
