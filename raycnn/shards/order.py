@@ -73,8 +73,8 @@ def row_order(rows: int, seed: int, epoch: int, group: int) -> np.ndarray:
 def copies(labels: Sequence[np.ndarray], seed: int, epoch: int) -> list[np.ndarray]:
     """How often each row is visited in an epoch that shows all classes alike often, and as many rows as there are.
 
-    Systematic sampling (Madow 1949) over the rows of each class in a random order: a row that should come 2.3 times comes 2 or 3
-    times, by chance. Rows without a label do not come.
+    Systematic sampling (Madow 1949) over the rows of each class in a random order: a row that should come 2.3 times
+    comes 2 or 3 times, by chance. Rows without a label do not come.
 
     Args:
         labels: int64 of each row group (n,); -1 where there is none.
