@@ -77,7 +77,9 @@ class Run:
         """What has Ray's workers note what they take, and kill."""
         found = {
             FOLDER: str(self._takes),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "benchmarks.takes.install",
         }
         return found | ({KILL: json.dumps(kill._asdict() | {"once": str(self._once)})} if kill else {})
