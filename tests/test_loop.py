@@ -146,9 +146,10 @@ def test_ranks_count_with_the_running_statistics_of_rank_0(ranks, world):
         {"optimizer": "adamw", "flip": True, "shift": 2, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0},
     ],
 )
-def test_a_resumed_run_goes_on_bit_for_bit(more):
+@pytest.mark.parametrize("make", [restless, classic])
+def test_a_resumed_run_goes_on_bit_for_bit(make, more):
     settings = config(**more)
-    through, stopped, resumed = restless(), restless(), restless()
+    through, stopped, resumed = (make().to(memory_format=torch.channels_last) for _ in range(3))
     whole = Trainer(through, settings, 6)
     for step in range(6):
         whole.step(images(16, step), step)

@@ -89,7 +89,11 @@ class Trainer:
         """What is evaluated, and becomes the bundle: the average where there is one."""
         return self.average.classifier if self.average is not None else self.classifier
 
-    def _reduce(self, _: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    def _reduce(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[Tensor]:
         """The usual all-reduce; what passes until the last of them is the backward pass itself."""
         self.clock.mark("backward")
         assert dist.group.WORLD is not None
@@ -226,10 +230,14 @@ class Trainer:
         self.classifier.load_state_dict(_below(_MODEL, tensors))
         if self.average is not None:
             self.average.classifier.load_state_dict(_below(_AVERAGE, tensors))
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         state: dict[int, dict[str, Any]] = {}
         for key, value in _below(_OPTIMIZER, tensors).items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            # Stored as the weight is in memory: fused optimizers on CPUs go through both byte by byte.
+            like = weights[int(index)]
+            placed = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            state.setdefault(int(index), {})[name] = placed
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
 
