@@ -186,7 +186,8 @@ class Labeling:
                 last = waiting.pop(0)
             if code == 0 and not waiting:
                 break
-            assert code != 0, f"never reached: {', '.join(armed.kill.step for armed in waiting)}"
+            steps = ", ".join(armed.kill.step for armed in waiting)
+            assert code != 0, f"never reached: {steps}; drivers ended with {self.codes}: {self.last_words(process)}"
             assert code in (last.kill.exits if last is not None else ()), self._ended(process)
         self.look()
 

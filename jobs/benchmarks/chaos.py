@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Kills at every step of `raycnn label`, on a Ray cluster and an S3 server behind a proxy."""
     seed = SEED if arguments.seed is None else arguments.seed
     os.environ.update(RAY)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     logging.getLogger("ray").setLevel(logging.ERROR)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

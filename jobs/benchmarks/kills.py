@@ -43,8 +43,11 @@ class Nodes:
 
     def start(self) -> None:
         """A new cluster. An older one is left as it is, until the end."""
+        from ray._common.utils import get_default_ray_temp_dir
         from ray.cluster_utils import Cluster
 
+        # Ray writes the address of its cluster there too, whatever its folder is, and does not make that folder.
+        os.makedirs(get_default_ray_temp_dir(), exist_ok=True)
         if hasattr(self, "_cluster"):
             self._old.append(self._cluster)
         self._cluster = Cluster(
@@ -292,11 +295,18 @@ def _ended_by_refusal(kill: Any) -> Any:
 
 
 def _signals(rng: random.Random) -> list[Any]:
-    numbers = iter((signal.SIGINT, signal.SIGTERM, signal.SIGINT))
-    kills = _reading("signal", exits=(130,))(rng)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+    kills = _reading("signal", exits=(130,), at_end=True, mend=lambda run: run.obey())(rng)
     for kill, number in zip(kills, numbers, strict=True):
-        kill.act = lambda run, pid, number=number: os.kill(run.driver, number)
+        kill.act = partial(_signal, number=number)
     return kills
+
+
+def _signal(run: Any, pid: int, number: int) -> None:
+    """Reads are slow from here until the driver has ended: its workers would finish everything while it stops."""
+    del pid
+    run.obey(chaos.Rule("delay", "GET", seconds=2.0))
+    os.kill(run.driver, number)
 
 
 def _anywhere(rng: random.Random) -> list[Any]:
