@@ -17,6 +17,8 @@ from raycnn.predictor import Predictor
 from raycnn.shards import Collection, Slice, open_collection, units
 
 BATCH = 64
+FLIPPED = ("accuracy_top1", "accuracy_top5", "loss")
+"""What is told of the votes that mirror images have, too."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ def _report(
         split=split,
         status=dict(sorted(status.items())),
         unlabelled=unlabelled,
-        with_flips={"accuracy_top1": m.accuracy_top1, "accuracy_top5": m.accuracy_top5, "loss": m.loss}
-        if (m := next(iter(flipped), None))
-        else None,
+        with_flips={name: getattr(flipped[0], name) for name in FLIPPED} if flipped else None,
     )
 
 

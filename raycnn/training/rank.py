@@ -1,5 +1,6 @@
 """What each training worker runs, from the last whole checkpoint to the bundle."""
 
+import functools
 import itertools
 import json
 import time
@@ -77,13 +78,19 @@ def work(arguments: dict[str, Any]) -> None:
             classifier.freeze()
         if config.compile:
             classifier.compile()
-        run = _Run(config, packed, spec, plan, arguments)
-        trainer = run.trainer(classifier, prepare_model(classifier))
+        board, context = arguments["board"], ray.train.get_context()
+        geometry = arguments["geometry"] and data.Geometry(*arguments["geometry"])
+        say = functools.partial(_note, board) if context.get_local_rank() == 0 else _say_nothing
+        samples = Samples(config, packed, spec, plan, arguments["lanes"], geometry, say)
+        per_class, steps = packed.counts("train"), samples.steps * config.epochs
+        counts = [per_class.get(name, 0) for name in packed.class_names]
+        trainer = loop.Trainer(classifier, config, steps, prepare_model(classifier), counts)
+        run = _Run(config, packed, samples, trainer, board)
         if config.find_lr:
-            run.find_rate(trainer)
+            run.find_rate()
         else:
-            run.train(trainer)
-            if run.rank == 0:
+            run.train()
+            if loop.rank() == 0:
                 hand_over(config, packed, classifier)
     ray.train.report({})
 
@@ -92,109 +99,85 @@ class _Run:
     """One rank of a run, over all its epochs."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        packed: PackedCollection,
-        spec: ImageSpec,
-        plan: data.TrainPlan,
-        arguments: Mapping[str, Any],
+        self, config: TrainConfig, packed: PackedCollection, samples: Samples, trainer: loop.Trainer, board: Any
     ) -> None:
-        import ray.train
-        from ray.train.torch import get_device
-
-        context = ray.train.get_context()
-        self.rank, self._world, self._device = context.get_world_rank(), context.get_world_size(), get_device()
-        self._config, self._packed, self._board = config, packed, arguments["board"]
+        self._rank, self._config, self._packed, self._board = loop.rank(), config, packed, board
+        self._samples, self._trainer = samples, trainer
         self._store = open_store(config.run)
-        geometry = arguments["geometry"] and data.Geometry(*arguments["geometry"])
-        say = self._say if context.get_local_rank() == 0 else _say_nothing
-        self._samples = Samples(config, packed, spec, plan, arguments["lanes"], geometry, say)
-        self._steps, self._rows = self._samples.steps, self._samples.rows
+        self._steps, self._rows = samples.steps, samples.rows
         self._last_post = self._last_look = 0.0
         self._began = time.perf_counter()
         self._first_step_at: float | None = None
         self._leaving: set[str] = set()
 
-    def trainer(self, classifier: Classifier, model: torch.nn.Module) -> loop.Trainer:
-        """What trains the classifier, called as `model`, on this data."""
-        per_class = self._packed.counts("train")
-        counts = [per_class.get(name, 0) for name in self._packed.class_names]
-        return loop.Trainer(classifier, self._config, self._steps * self._config.epochs, model, counts)
-
-    def find_rate(self, trainer: loop.Trainer) -> None:
+    def find_rate(self) -> None:
         """Leave a range test of learning rates in the run folder, and nothing else."""
         batches = map(to_torch, self._samples.batches(Cursor(0, 0)))
-        found = loop.range_test(trainer, batches, min(FIND_LR_STEPS, self._steps * self._config.epochs))
-        if self.rank == 0:
+        found = loop.range_test(self._trainer, batches, min(FIND_LR_STEPS, self._steps * self._config.epochs))
+        if self._rank == 0:
             self._store.put(FIND_LR_PLOT, find_lr_picture(*found))
             self._store.put(FIND_LR, json.dumps(found._asdict()).encode())
 
-    def train(self, trainer: loop.Trainer) -> None:
+    def train(self) -> None:
         """Run the epochs that are left."""
         with Saving(self._store) as saving:
-            first, counts = self._resume(saving.checkpoints, trainer)
+            first, counts = self._resume(saving.checkpoints)
             history, bad = History(self._store), BadImages(self._store)
             history.cut(first.epoch)
             batches = self._samples.batches(first)
-            with TensorBoard(self._store, self.rank == 0, first.epoch * self._steps) as board:
+            with TensorBoard(self._store, self._rank == 0, first.epoch * self._steps) as board:
                 while not self._is_over(history):
                     tally = _Tally(counts)
-                    line = self._epoch(first, tally, trainer, batches, saving)
-                    metrics = self._evaluated(trainer, line)
+                    line = self._epoch(first, tally, batches, saving)
+                    metrics = self._evaluated(line)
                     self._list_bad(bad, tally, line)
-                    if self.rank == 0:
+                    if self._rank == 0:
                         history.add(line)
                         board.add(line, self._pictures(metrics, tally))
-                        state = self._state(trainer) | {VALIDATION: metrics.to_vector()}
+                        state = self._state() | {VALIDATION: metrics.to_vector()}
                         saving.save(state, first, metrics.accuracy_top1)
                         self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
                     first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
 
     def _is_over(self, history: History) -> bool:
         """As rank 0 has it, whose history is whole."""
-        is_over = self.rank == 0 and ended(self._config, history.lines) is not None
+        is_over = self._rank == 0 and ended(self._config, history.lines) is not None
         return bool(self._sum([float(is_over)])[0])
 
-    def _resume(self, checkpoints: Checkpoints, trainer: loop.Trainer) -> tuple[Cursor, list[float]]:
+    def _resume(self, checkpoints: Checkpoints) -> tuple[Cursor, list[float]]:
         """Load the checkpoint that rank 0 finds, so that all ranks go on from one; where, and what it had counted."""
-        last = checkpoints.last() if self.rank == 0 else None
+        last = checkpoints.last() if self._rank == 0 else None
         first = Cursor(*map(int, self._sum(list(map(float, resume_at(last))))))
         counts = list(NO_COUNTS)
         if first > (0, 0):
             tensors = checkpoints.load(last or checkpoints.at(first))
-            if first.step and self.rank == 0:  # they are those of all ranks
+            if first.step and self._rank == 0:  # they are those of all ranks
                 counts = tensors[COUNTS].tolist()
-            trainer.restore(tensors)
+            self._trainer.restore(tensors)
             self._began -= float(tensors[ELAPSED])
         return first, counts
 
-    def _state(self, trainer: loop.Trainer) -> dict[str, torch.Tensor]:
-        return trainer.state() | {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64)}
+    def _state(self) -> dict[str, torch.Tensor]:
+        return self._trainer.state() | {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64)}
 
     def _elapsed(self) -> float:
         """Seconds that the run has trained, in this process and in those before it."""
         return time.perf_counter() - self._began
 
     def _epoch(
-        self,
-        first: Cursor,
-        tally: "_Tally",
-        trainer: loop.Trainer,
-        batches: Iterator[data.FeedBatch],
-        saving: Saving,
+        self, first: Cursor, tally: "_Tally", batches: Iterator[data.FeedBatch], saving: Saving
     ) -> dict[str, Any]:
         """What is left of an epoch, and its line."""
-        start, rows_before = time.perf_counter(), tally.counts[1]
-        trainer.clock.begin()
-        steps, share = self._steps_left(first, tally, trainer, batches, saving)
+        self._trainer.clock.begin()
+        steps, share = self._steps_left(first, tally, batches, saving)
         total, all_rows, *_ = everything = self._sum(tally.counts)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - tally.began
         line = {
             "epoch": first.epoch,
             "step": steps,
             "train/loss": total / max(1.0, all_rows),
             "lr": loop.learning_rate(self._config, share),
-            "images_per_s": (all_rows - rows_before) / seconds,  # of rank 0, which alone knows the rows before
+            "images_per_s": (all_rows - tally.rows_before) / seconds,  # of rank 0, which alone knows the rows before
             "seconds": seconds,
             "skipped": self._skipped(everything),
         }
@@ -203,39 +186,35 @@ class _Run:
         return line
 
     def _steps_left(
-        self,
-        first: Cursor,
-        tally: "_Tally",
-        trainer: loop.Trainer,
-        batches: Iterator[data.FeedBatch],
-        saving: Saving,
+        self, first: Cursor, tally: "_Tally", batches: Iterator[data.FeedBatch], saving: Saving
     ) -> tuple[int, float]:
         """How many steps the run has taken then, and which share of it that is."""
-        start, rows_before, share = time.perf_counter(), tally.counts[1], 0.0
+        trainer, share = self._trainer, 0.0
         at = first.epoch * self._steps + first.step
         for step in range(first.step, self._steps):
             taken = next(batches)
             batch = to_torch(taken)
-            if at == 0 and self.rank == 0:
+            if at == 0 and self._rank == 0:
                 tally.shown = trainer.prepared(batch, 0, 0, 0.0)[0].round().byte().cpu().numpy()
             done = trainer.step(batch, at, first.epoch, self._told())
             self._first_step_at = self._first_step_at or time.time()
             at, share = at + 1, done.done
             tally.add(done, taken)
-            self._post_step(first.epoch, step, int(tally.counts[1] - rows_before), start)
+            self._post_step(first.epoch, step, tally)
             if done.told.time_used >= 1:
                 break
             is_due = (step + 1) % self._config.checkpoint_every == 0 or self._is_preempted(done.told)
             if is_due and step + 1 < self._steps:
                 so_far = self._sum(tally.counts)
                 self._skipped(so_far)
-                if self.rank == 0:
-                    saving.save(self._state(trainer) | {COUNTS: torch.tensor(so_far)}, Cursor(first.epoch, step + 1))
+                if self._rank == 0:
+                    saving.save(self._state() | {COUNTS: torch.tensor(so_far)}, Cursor(first.epoch, step + 1))
                 trainer.clock.mark("checkpoint")
         return at, share
 
-    def _evaluated(self, trainer: loop.Trainer, line: dict[str, Any]) -> Metrics:
+    def _evaluated(self, line: dict[str, Any]) -> Metrics:
         """How the model does now; also what the epoch's line says of it, and of the time of both."""
+        trainer = self._trainer
         trainer.clock.mark("other")
         metrics = loop.evaluate(trainer.evaluated, self._samples.validation(), len(self._packed.class_names))
         trainer.clock.mark("validation")
@@ -254,12 +233,17 @@ class _Run:
         if not count:
             return
         failures = list(itertools.chain.from_iterable(loop.gathered(tally.failures)))
-        if self.rank == 0:
+        if self._rank == 0:
             nameless = any(not failure.key for failure in failures)
-            names = {data.feed_key(key): key for key in self._packed.unreadable()} if nameless else {}
+            names = self._names if nameless else {}
             found = {f.key or names.get(f.hash, ""): f.bad for f in failures}
             found.pop("", None)
             bad.write(found, count)
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        """Keys that packing could not read, by their hashes."""
+        return {data.feed_key(key): key for key in self._packed.unreadable()}
 
     def _pictures(self, metrics: Metrics, tally: "_Tally") -> dict[str, bytes]:
         """For TensorBoard."""
@@ -268,7 +252,7 @@ class _Run:
 
     def _told(self) -> loop.Told:
         """What rank 0 tells all others with a step; they say nothing."""
-        if self.rank:
+        if self._rank:
             return loop.Told()
         used = self._elapsed() / self._config.max_time if self._config.max_time else 0.0
         is_due = time.perf_counter() - self._last_look > PREEMPTION_S
@@ -297,14 +281,15 @@ class _Run:
 
     def _sum(self, values: list[float]) -> list[float]:
         """Each value added up over the ranks."""
-        return loop.summed(values, self._device)
+        return loop.summed(values, self._trainer.device)
 
-    def _post_step(self, epoch: int, step: int, rows: int, start: float) -> None:
+    def _post_step(self, epoch: int, step: int, tally: "_Tally") -> None:
         now = time.perf_counter()
-        if self.rank == 0 and now - self._last_post > PROGRESS_S:
+        if self._rank == 0 and now - self._last_post > PROGRESS_S:
             self._last_post = now
             done = epoch * self._rows + min(self._rows, (step + 1) * self._config.batch_size)
-            rate = rows * self._world / max(now - start, 1e-9)
+            rows = tally.counts[1] - tally.rows_before
+            rate = rows * loop.world_size() / max(now - tally.began, 1e-9)
             text = f"epoch {epoch + 1}/{self._config.epochs}"
             total = self._config.epochs * self._rows
             self._post({"kind": "progress", "done": done, "total": total, "rate": rate, "text": text})
@@ -312,16 +297,13 @@ class _Run:
     def _post(self, event: dict[str, Any]) -> None:
         self._board.post.remote(event)
 
-    def _say(self, text: str) -> None:
-        self._post({"kind": "note", "text": text})
-
 
 class _Tally:
     """What an epoch has come to on this rank."""
 
     def __init__(self, counts: list[float]) -> None:
         """Go on with what an earlier process had counted, on all ranks."""
-        self.counts = counts
+        self.counts, self.rows_before, self.began = counts, counts[1], time.perf_counter()
         self.failures: list[data.Failure] = []
         self.shown: npt.NDArray[np.uint8] | None = None
         """The run's first batch, as the network is given it."""
@@ -332,6 +314,10 @@ class _Tally:
         found = [done.loss, done.rows, taken.unlabelled, *found]
         self.counts = [a + b for a, b in zip(self.counts, found, strict=True)]
         self.failures += taken.failures[: BadImages.MOST - len(self.failures)]
+
+
+def _note(board: Any, text: str) -> None:
+    board.post.remote({"kind": "note", "text": text})
 
 
 def _say_nothing(text: str) -> None:
