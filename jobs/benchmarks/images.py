@@ -3,10 +3,9 @@
 import argparse
 import io
 import statistics
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import cpu_rates, encode, jpegs, ratio, synthetic_photos
+from benchmarks.measuring import cpu_rates, encode, photos_of, ratio
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raycnn.images import pixels
 
     torch.set_num_threads(1)
-    files = jpegs(Path(arguments.subject)) if arguments.subject else synthetic_photos(48)
+    files, source = photos_of(arguments.subject, 48)
     usual = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
     spec = ImageSpec.model_validate({})
     rng = np.random.default_rng(0)
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "files": {"count": len(files), "mean_bytes": round(statistics.mean(map(len, files)))},
-        "source": "folder" if arguments.subject else "synthetic",
+        "source": source,
         "images_per_cpu_s": {name: round(statistics.median(rate), 1) for name, rate in rates.items()},
         "pixels_to_bare_decode": ratio(rates, "pixels", "simplejpeg.decode_jpeg"),
         "pixels_to_pillow_torchvision": ratio(rates, "pixels", "pillow + torchvision"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.measuring import RAYCNN as COMMAND
-from benchmarks.measuring import jpegs, last_line, spread, synthetic_photos
+from benchmarks.measuring import last_line, local_s3, photos_of, run_peer, spread
 from benchmarks.peers import NULL, Task
 
 ROUNDS = 5
@@ -65,14 +65,9 @@ FIRST_BARS = {"command": 15.0, "warm": 5.0}
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of each contender and model, how they compare, and seconds to the first part."""
-    from raycnn.s3local import S3Server
-
-    photos = jpegs(Path(arguments.subject)) if arguments.subject else synthetic_photos(DISTINCT)
-    with S3Server() as server, tempfile.TemporaryDirectory() as folder:
-        os.environ.update(server.environment())
-        os.environ["RAY_ADDRESS"], os.environ["RAY_USAGE_STATS_ENABLED"] = "local", "0"
-        server.create_bucket(BUCKET)
-        about = _store(photos, ALL, IMAGES) | {"source": "folder" if arguments.subject else "synthetic"}
+    photos, source = photos_of(arguments.subject, DISTINCT)
+    with local_s3(BUCKET), tempfile.TemporaryDirectory() as folder:
+        about = _store(photos, ALL, IMAGES) | {"source": source}
         _store(photos, FEW, DISTINCT)
         bundles = {model: _bundle(Path(folder), model, photos[0]) for model in CLASSES}
         _turn("warm-up", _Machine(Path(folder), bundles, FEW, DISTINCT))
@@ -237,7 +232,7 @@ def _peer(machine: _Machine, contender: str, model: str) -> dict[str, Any]:
     """The steady and the whole rate of one run of a peer."""
     task, (program, *rest) = machine.task(model), PROGRAMS[contender]
     start = time.time()
-    report = _program(program, task, *rest)
+    report = run_peer(program, task._asdict(), TIMEOUT_S, *rest)
     wall = time.time() - start
     if contender != IMAGES_ALONE:
         _count_rows(task.out, machine.images)
@@ -273,13 +268,9 @@ def _command(machine: _Machine, model: str) -> dict[str, Any]:
 
 def _warm(machine: _Machine) -> dict[str, Any]:
     task = machine.task(MODEL)
-    report = _program("warm", task, f"s3://{BUCKET}/{FEW}")
+    report = run_peer("warm", task._asdict(), TIMEOUT_S, f"s3://{BUCKET}/{FEW}")
     _verify(task.out, machine.images)
     return report
-
-
-def _program(name: str, task: Task, *rest: str) -> dict[str, Any]:
-    return last_line([sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(task._asdict()), *rest], TIMEOUT_S)
 
 
 def _count_rows(out: str, images: int) -> None:

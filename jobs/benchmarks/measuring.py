@@ -1,5 +1,6 @@
 """What the benchmarks have in common: images to measure with, programs, timing in turns, and where it was measured."""
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -10,12 +11,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROUNDS = 9
 RAYCNN = str(Path(sys.executable).with_name("raycnn"))
+
+
+class Photos(NamedTuple):
+    """What a benchmark measures with."""
+
+    files: list[bytes]
+    source: str
+    """"folder" or "synthetic"."""
+
+
+def photos_of(subject: str | None, count: int) -> Photos:
+    """The JPEG files of a folder, or that many synthetic ones where none was given."""
+    return Photos(jpegs(Path(subject)), "folder") if subject else Photos(synthetic_photos(count), "synthetic")
+
+
+@contextlib.contextmanager
+def local_s3(bucket: str) -> Iterator[None]:
+    """An S3 server with an empty bucket for the programs of this process, each of which has a Ray of its own."""
+    from raycnn.s3local import S3Server
+
+    with S3Server() as server:
+        os.environ.update(server.environment())
+        os.environ["RAY_ADDRESS"], os.environ["RAY_USAGE_STATS_ENABLED"] = "local", "0"
+        server.create_bucket(bucket)
+        yield
 
 
 def jpegs(folder: Path) -> list[bytes]:
@@ -68,14 +94,23 @@ def pack_demo_data(name: str, out: str, timeout_s: float = 600) -> None:
         last_line([RAYCNN, "pack", folder, out, *words, "--json"], timeout_s)
 
 
-def last_line(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Any:
+def run_peer(name: str, told: Mapping[str, Any], timeout_s: float, *rest: str) -> Any:
+    """What a program of `benchmarks.peers` prints last."""
+    return last_line([sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(told), *rest], timeout_s)
+
+
+def last_line(command: Sequence[str], timeout_s: float) -> Any:
     """The JSON that a program prints last; what it says otherwise is shown where it fails."""
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    told = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {})
-    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=timeout_s, check=False)
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def python_path() -> str:
+    """Where a program finds the benchmarks' modules, and what this process was given."""
+    return os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def busy_s() -> float:

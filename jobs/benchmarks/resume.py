@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.measuring import RAYCNN
+from benchmarks.measuring import RAYCNN, python_path
 from benchmarks.takes import FOLDER, KILL
 
 KILLS = 20
@@ -77,9 +77,7 @@ class Run:
         """What has Ray's workers note what they take, and kill."""
         found = {
             FOLDER: str(self._takes),
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
+            "PYTHONPATH": python_path(),
             "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "benchmarks.takes.install",
         }
         return found | ({KILL: json.dumps(kill._asdict() | {"once": str(self._once)})} if kill else {})

@@ -27,12 +27,13 @@ from benchmarks.accuracy import trained
 from benchmarks.measuring import (
     RAYCNN,
     busy_s,
-    jpegs,
     last_line,
+    local_s3,
     mean_and_std,
     pack_demo_data,
+    photos_of,
+    run_peer,
     spread,
-    synthetic_photos,
 )
 from benchmarks.peers import Training
 
@@ -81,13 +82,8 @@ Sample = dict[str, Any]
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rates of each case and contender and how they compare, seconds to the first step, and accuracy after a time."""
-    from raycnn.s3local import S3Server
-
-    photos = jpegs(Path(arguments.subject)) if arguments.subject else synthetic_photos(PHOTOS)
-    with S3Server() as server, tempfile.TemporaryDirectory() as folder:
-        os.environ.update(server.environment())
-        os.environ["RAY_ADDRESS"], os.environ["RAY_USAGE_STATS_ENABLED"] = "local", "0"
-        server.create_bucket(BUCKET)
+    photos, source = photos_of(arguments.subject, PHOTOS)
+    with local_s3(BUCKET), tempfile.TemporaryDirectory() as folder:
         pack_demo_data(SMALL, f"s3://{BUCKET}/{SMALL}")
         _pack_photos(photos, "photos")
         _pack_photos(photos[:FEW], "few")
@@ -95,7 +91,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds = [_turn(f"round {i + 1} of {ROUNDS}", CASES) for i in range(ROUNDS)]
         after = _accuracy(Path(folder))
     result = {
-        "source": "folder" if arguments.subject else "synthetic",
+        "source": source,
         "photos": len(photos),
         "rounds": ROUNDS,
         "cases": {name: case._asdict() for name, case in CASES.items()},
@@ -134,7 +130,7 @@ def _epochs(case: Case, contender: str) -> Sample:
     settings = {"model": case.model, "batch_size": case.batch_size, "epochs": EPOCHS, "crop_scale": 1.0}
     if contender == BARE:
         told = {"settings": settings | {"data": data, "run": run}, "threads": os.cpu_count()}
-        return _program("bare_train", told)
+        return run_peer("bare_train", told, TIMEOUT_S)
     settings["num_workers"] = 2 if contender == TWO else 1
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     start = time.time()
@@ -145,10 +141,6 @@ def _epochs(case: Case, contender: str) -> Sample:
         "images_per_s": [line["images_per_s"] for line in lines],
         "first_step_s": round(first - start, 2) if first else None,
     }
-
-
-def _program(name: str, told: Mapping[str, Any]) -> Any:
-    return last_line([sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(told)], TIMEOUT_S)
 
 
 def _accuracy(folder: Path) -> dict[str, Any]:
@@ -185,7 +177,7 @@ def _contenders(
         with tempfile.TemporaryDirectory() as scratch:
             told = Training(str(folder / "images"), str(folder / "unseen"), scratch, BUDGET_S, seed)
             start, busy = time.time(), busy_s()
-            report = _program(PEERS[peer], told._asdict())
+            report = run_peer(PEERS[peer], told._asdict(), TIMEOUT_S)
             taken = {"seconds": round(time.time() - start, 1), "cpu_s": round(busy_s() - busy, 1)}
         names = report.pop("predicted")
         if names.keys() != truth.keys():

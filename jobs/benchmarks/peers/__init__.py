@@ -9,13 +9,16 @@ a `Training`.
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 NULL = "null"
+
+T = TypeVar("T")
 
 
 class Task(NamedTuple):
@@ -26,11 +29,6 @@ class Task(NamedTuple):
     bundle: str
     model: str
     calls: str
-
-    @classmethod
-    def told(cls) -> "Task":
-        """The task that this process was started with."""
-        return cls(**json.loads(sys.argv[1]))
 
     def called(self, images: int) -> None:
         """The model is done with so many images: a line in the file that all processes of a contender share."""
@@ -51,10 +49,10 @@ class Training(NamedTuple):
     """How long it may train."""
     seed: int
 
-    @classmethod
-    def told(cls) -> "Training":
-        """The training that this process was started with."""
-        return cls(**json.loads(sys.argv[1]))
+
+def told(kind: Callable[..., T]) -> T:
+    """What this process was started with."""
+    return kind(**json.loads(sys.argv[1]))
 
 
 def predicted(names: dict[str, str], epochs: float, seconds: float, parameters: int) -> None:

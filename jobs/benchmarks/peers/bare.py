@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.peers import Task, say
+from benchmarks.peers import Task, say, told
 
 BATCH = 64
 START_S = 120
@@ -117,7 +117,7 @@ def main(work: Callable[[Task, Ready], None]) -> None:
             yield number
 
     def work_and_note() -> None:
-        work(Task.told(), ready)
+        work(told(Task), ready)
         with ended.get_lock():
             ended.value = max(ended.value, time.time())
 

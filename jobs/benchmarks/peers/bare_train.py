@@ -1,7 +1,5 @@
 """No framework: a loop over batches of pixels that lie decoded in memory; the model and the rates of raycnn."""
 
-import json
-import sys
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -10,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.peers import say
+from benchmarks.peers import say, told
 from raycnn import images
 from raycnn.config import TrainConfig, make
 from raycnn.errors import Bad
@@ -28,9 +26,9 @@ class Loop(NamedTuple):
 
 def main() -> None:
     """Train; print the images per second of each epoch."""
-    told = Loop(**json.loads(sys.argv[1]))
-    torch.set_num_threads(told.threads)
-    config = make(TrainConfig, told.settings)
+    task = told(Loop)
+    torch.set_num_threads(task.threads)
+    config = make(TrainConfig, task.settings)
     torch.manual_seed(config.seed)
     packed = open_collection(config.data)
     assert isinstance(packed, PackedCollection)

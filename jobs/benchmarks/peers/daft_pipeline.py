@@ -17,12 +17,12 @@ from daft import DataType, col  # pyright: ignore[reportMissingImports]
 from torchvision import transforms
 from torchvision.models import MobileNet_V3_Small_Weights
 
-from benchmarks.peers import Task, done, network
+from benchmarks.peers import Task, done, network, told
 
 BATCH = 100
 INSTANCES = 1
 
-task = Task.told()
+task = told(Task)
 transform = transforms.Compose([transforms.ToTensor(), MobileNet_V3_Small_Weights.DEFAULT.transforms()])
 
 

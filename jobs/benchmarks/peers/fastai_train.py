@@ -36,7 +36,7 @@ from fastai.vision.all import (  # pyright: ignore[reportMissingImports]
 )
 from torch import nn
 
-from benchmarks.peers import Training, predicted
+from benchmarks.peers import Training, predicted, told
 
 BATCH, PEAK_RATE = 128, 0.05
 WIDTHS = (1, 8, 16, 32, 16)
@@ -74,7 +74,7 @@ def epoch_seconds(data: DataLoaders) -> float:
 
 def main() -> None:
     """Train, predict."""
-    task = Training.told()
+    task = told(Training)
     set_seed(task.seed)
     data = loaders(task)
     epochs = max(1, round(task.seconds / epoch_seconds(data)))

@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.peers import Training, predicted
+from benchmarks.peers import Training, predicted, told
 
 MODEL, SIDE, BATCH = "yolo26n-cls.yaml", 28, 128
 """`BATCH` is of predictions; that of training is the package's own."""
@@ -20,7 +20,7 @@ MODEL, SIDE, BATCH = "yolo26n-cls.yaml", 28, 128
 
 def main() -> None:
     """Train, predict."""
-    task = Training.told()
+    task = told(Training)
     os.environ["YOLO_CONFIG_DIR"], os.environ["YOLO_OFFLINE"] = task.scratch, "true"  # read when it is imported
     from ultralytics import YOLO  # pyright: ignore[reportMissingImports]
 

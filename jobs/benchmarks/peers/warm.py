@@ -5,7 +5,7 @@ import threading
 import time
 
 import raycnn
-from benchmarks.peers import Task, say
+from benchmarks.peers import Task, say, told
 from raycnn.storage import open_store
 
 POLL_S = 0.2
@@ -26,7 +26,7 @@ def first_part(out: str, is_over: threading.Event) -> float | None:
 
 def main() -> None:
     """Label what the second argument names, then the source; print how long the second call took to its first part."""
-    task, seen = Task.told(), []
+    task, seen = told(Task), []
     raycnn.label(sys.argv[2], task.out + "-before", bundle=task.bundle)
     is_over = threading.Event()
     watch = threading.Thread(target=lambda: seen.append(first_part(task.out, is_over)))
