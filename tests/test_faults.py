@@ -79,6 +79,16 @@ def test_what_fails_twice_is_asked_for_again(proxy: FaultProxy, store: Store, fa
     assert store.get("put") == store.get("created") == DATA
 
 
+@pytest.mark.parametrize("fault", [503, 500])
+def test_a_store_that_is_busy_from_the_first_request_is_waited_for(
+    proxy: FaultProxy, s3_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("AWS_FRESH_CLIENT", proxy.endpoint)
+    proxy.rules = (Rule(fault, "LIST", times=4),)
+    assert list(open_store(s3_url).list()) == []
+    assert [seen.done for seen in proxy.requests] == [str(fault)] * 4 + ["passed"]
+
+
 def test_a_conflict_is_not_taken_for_somebody_elses_success(proxy: FaultProxy, store: Store):
     proxy.rules = (Rule(409, "PUT", times=2),)
     assert store.create("created", DATA)
@@ -154,6 +164,7 @@ def drive(url: str, count: int) -> Plan:
 @pytest.mark.parametrize("seed", range(2))
 def test_two_drivers_on_a_store_where_a_quarter_of_all_goes_wrong(proxy: FaultProxy, s3_url: str, seed: int):
     faults: tuple[Fault, ...] = (503, 500, "reset", "cut", "unanswered")
+    assert list(open_store(s3_url).list()) == []  # a store that has never answered is given up within seconds
     proxy.seed = seed
     proxy.rules = (
         Rule(409, "PUT", probability=0.15),

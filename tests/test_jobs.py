@@ -31,6 +31,7 @@ from raycnn.s3local import S3Server
 from raycnn.shards.order import steps_per_epoch
 from raycnn.storage import open_store
 from raycnn.training import Checkpoints
+from raycnn.training.folder import resume_at
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -166,7 +167,7 @@ class Chain(NamedTuple):
 
     reports: dict[str, dict[str, Any]]
     epochs: list[list[int]]
-    """What metrics.jsonl held when a worker was killed, when the driver was, and in the end."""
+    """Those with a checkpoint when a worker was killed, when the driver was, and all in the end."""
     mistyped: str
     stopped: list[str]
     committed: dict[str, str]
@@ -226,9 +227,11 @@ def done_epochs() -> list[int]:
 
 
 def until_epoch(epoch: int) -> list[int]:
-    while not (done := done_epochs()) or done[-1] < epoch:
+    """The epochs that a run goes on behind, once that one is among them."""
+    checkpoints = Checkpoints(open_store(f"{URL}/run"))
+    while (first := resume_at(checkpoints.last())) <= (epoch, 0):
         time.sleep(0.1)
-    return done
+    return done_epochs()[: first.epoch]
 
 
 def tear_the_last_epoch() -> None:

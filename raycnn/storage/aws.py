@@ -188,7 +188,8 @@ class Account:
             except BotoCoreError as error:
                 raise StorageError(f"AWS credentials: {one_line(error)}; log in again") from None
             else:
-                self._reached = True
+                if not self._reached:  # it answers, if only that it is busy, so patience is in place
+                    self._reached, delays = True, pauses()
                 busy = answer.status >= 500 or answer.status == 429
                 if not busy or (delay := next(delays, None)) is None:
                     return answer
