@@ -198,7 +198,7 @@ class TrainConfig(VerbConfig):
     run: Url
     """The run folder: bundle, checkpoints, metrics. The same command again resumes it."""
     model: str = "classic"
-    """`classic`, a torchvision classification model, or `timm/NAME`."""
+    """`classic`, `residual`, a torchvision classification model, or `timm/NAME`."""
     weights: str | None = None
     """Start from these weights: a .safetensors file, a state dict, or a torchvision weights name (DEFAULT)."""
     freeze: bool = False
@@ -416,7 +416,7 @@ class ImportConfig(VerbConfig):
     positional: ClassVar[tuple[str, ...]] = ("model", "dst")
 
     model: str
-    """`classic`, a torchvision classification model, or `timm/NAME`."""
+    """`classic`, `residual`, a torchvision classification model, or `timm/NAME`."""
     dst: Url
     """Where the bundle goes."""
     weights: str

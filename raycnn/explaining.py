@@ -31,7 +31,14 @@ ROW = 36
 
 TROUGH, SHARE = (240, 242, 246), (66, 88, 130)
 
-_WHAT = {"conv": "convolution", "relu": "ReLU", "pool": "max pooling", "flatten": "one long vector"}
+_WHAT = {
+    "conv": "convolution",
+    "pair": "residual pair",
+    "relu": "ReLU",
+    "pool": "max pooling",
+    "mean": "mean of each map",
+    "flatten": "one long vector",
+}
 
 
 def filters_picture(bundle: Bundle) -> bytes:

@@ -86,6 +86,22 @@ def test_classic_has_fewer_than_100_000_parameters_on_fashion_mnist():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("side", "channels"), [(8, 1), (28, 1), (28, 3), (96, 3), (224, 3)])
+def test_residual_takes_any_size_and_each_pair_adds_to_what_it_is_given(side, channels):
+    classifier = models.build("residual", 7, spec(side, side, channels), seed=0).eval()
+    maps = models.feature_maps(classifier, noise(classifier.spec, 2))
+    assert list(maps) == ["conv1", "conv2", "pair1", "conv3", "pair2", "pair3", "mean", "flatten", "fc"]
+    assert maps["fc"].shape == (2, 7)
+    assert maps["pair3"].shape[2:] == maps["conv3"].shape[2:]
+    for given, pair in (("conv2", "pair1"), ("conv3", "pair2"), ("pair2", "pair3")):
+        assert (maps[pair] >= maps[given]).all(), "a ReLU comes before the sum"
+        assert (maps[pair] > maps[given]).any()
+
+
+def test_residual_is_as_small_as_its_description_says():
+    assert models.count_parameters(models.build("residual", 10, spec())) == 424_026
+
+
 def test_classic_reads_handwritten_digits():
     from sklearn.datasets import load_digits
 
@@ -318,6 +334,8 @@ def test_an_unknown_published_name_is_refused_with_those_there_are():
         models.build("resnet50", 3, spec(32, 32, 3), "IMAGENET1K_V3")
     with pytest.raises(ConfigError, match="classic"):
         models.build("classic", 3, spec(), "DEFAULT")
+    with pytest.raises(ConfigError, match="nobody publishes DEFAULT for residual"):
+        models.build("residual", 3, spec(), "DEFAULT")
 
 
 def test_what_torchvision_publishes_comes_with_its_image_spec():

@@ -1,4 +1,4 @@
-"""The zoo: `classic`, torchvision's classification models, timm's; all behind one `Classifier`.
+"""The zoo: `classic`, `residual`, torchvision's classification models, timm's; all behind one `Classifier`.
 
 A Classifier takes uint8 pixels as they leave `raycnn.images` and normalises them itself, so mean and std
 cannot be forgotten or applied twice. torchvision takes seconds to import, so that waits until one of its models
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from raycnn.errors import BundleError, ConfigError
 from raycnn.models.architectures import (
-    CLASSIC,
+    OWN,
     TIMM,
     architectures,
     check_name,
@@ -39,9 +39,9 @@ from raycnn.models.weights import (
 )
 
 __all__ = [
-    "CLASSIC",
     "GRAY_MEAN",
     "GRAY_STD",
+    "OWN",
     "TIMM",
     "Classifier",
     "Published",
@@ -231,12 +231,12 @@ def first_filters(classifier: Classifier) -> Tensor:
 def feature_maps(classifier: Classifier, pixels: Tensor) -> dict[str, Tensor]:
     """What leaves each layer for uint8 pixels (N, H, W, C), in the order of computation, on the CPU.
 
-    `classic` shows every layer, conv1 to fc, whose output are the votes; of other architectures only the
+    `classic` and `residual` show every layer, conv1 to fc, whose output are the votes; of other architectures only the
     first convolution is shown.
     """
     net, maps = classifier.net, {}
     first = first_conv(net)
-    layers = dict(net.named_children()) if classifier.name == CLASSIC else {first: net.get_submodule(first)}
+    layers = dict(net.named_children()) if classifier.name in OWN else {first: net.get_submodule(first)}
 
     def keep(name: str) -> Any:
         # A copy: a following in-place ReLU would overwrite what was shown.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raycnn.config import ImageSpec, absolute, nearest
 from raycnn.errors import BundleError, ConfigError, ObjectMissing, StorageError
-from raycnn.models.architectures import CLASSIC, TIMM, checked, checked_timm, import_timm, timm_spec
+from raycnn.models.architectures import OWN, TIMM, checked, checked_timm, import_timm, timm_spec
 from raycnn.storage import file_at
 
 # What torch.load raises for files that are no state dict: seen with 30,000 mutated ones.
@@ -51,7 +51,7 @@ def published(name: str) -> list[Published]:
     googlenet and inception_v3 were trained on pixels in [-1, 1], which torchvision hides in a
     `transform_input` flag; here that is their mean and std.
     """
-    if name == CLASSIC or name.startswith(TIMM):
+    if name in OWN or name.startswith(TIMM):
         return []
     from torchvision.models import get_model_weights
 
@@ -99,8 +99,8 @@ def load_weights(name: str, weights: str) -> dict[str, Tensor]:
     """The state dict in `weights`: a file, local or s3://, or a name published for the architecture."""
     if not is_published_name(weights):
         return read_weights(weights)
-    if name == CLASSIC:
-        raise ConfigError(f"weights: nobody publishes {weights} for classic; give a .safetensors file")
+    if name in OWN:
+        raise ConfigError(f"weights: nobody publishes {weights} for {name}; give a .safetensors file")
     return _timm_weights(name, weights) if name.startswith(TIMM) else _download(name, weights)
 
 
