@@ -34,7 +34,7 @@ from raycnn.training.folder import (
     resume_at,
 )
 from raycnn.training.pictures import confusion_picture, find_lr_picture, run_pictures, samples_picture
-from raycnn.training.samples import Samples, to_torch
+from raycnn.training.samples import Samples
 
 PROGRESS_S = 0.5
 PREEMPTION_S = 2.0
@@ -44,6 +44,7 @@ COUNTS, ELAPSED, VALIDATION = "counts", "elapsed_s", "validation"
 NO_COUNTS = [0.0] * (3 + len(Status))
 """Of an epoch, over all ranks: the sum of the losses, trained rows, rows without a label, bad ones of each status."""
 UNLABELLED = "unlabelled"
+_Batches = Iterator[tuple[loop.Batch, data.FeedBatch]]
 SELFTEST_IMAGES = 8
 FIND_LR_STEPS = 200
 
@@ -112,7 +113,7 @@ class _Run:
 
     def find_rate(self) -> None:
         """Leave a range test of learning rates in the run folder, and nothing else."""
-        batches = map(to_torch, self._samples.batches(Cursor(0, 0)))
+        batches = (batch for batch, _ in self._samples.batches(Cursor(0, 0), self._trainer.device))
         found = loop.range_test(self._trainer, batches, min(FIND_LR_STEPS, self._steps * self._config.epochs))
         if self._rank == 0:
             self._store.put(FIND_LR_PLOT, find_lr_picture(*found))
@@ -124,7 +125,7 @@ class _Run:
             first, counts = self._resume(saving.checkpoints)
             history, bad = History(self._store), BadImages(self._store)
             history.cut(first.epoch)
-            batches = self._samples.batches(first)
+            batches = self._samples.batches(first, self._trainer.device)
             with TensorBoard(self._store, self._rank == 0, first.epoch * self._steps) as board:
                 while not self._is_over(history):
                     tally = _Tally(counts)
@@ -164,9 +165,7 @@ class _Run:
         """Seconds that the run has trained, in this process and in those before it."""
         return time.perf_counter() - self._began
 
-    def _epoch(
-        self, first: Cursor, tally: "_Tally", batches: Iterator[data.FeedBatch], saving: Saving
-    ) -> dict[str, Any]:
+    def _epoch(self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving) -> dict[str, Any]:
         """What is left of an epoch, and its line."""
         self._trainer.clock.begin()
         steps, share = self._steps_left(first, tally, batches, saving)
@@ -185,15 +184,12 @@ class _Run:
             line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
         return line
 
-    def _steps_left(
-        self, first: Cursor, tally: "_Tally", batches: Iterator[data.FeedBatch], saving: Saving
-    ) -> tuple[int, float]:
+    def _steps_left(self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving) -> tuple[int, float]:
         """How many steps the run has taken then, and which share of it that is."""
         trainer, share = self._trainer, 0.0
         at = first.epoch * self._steps + first.step
         for step in range(first.step, self._steps):
-            taken = next(batches)
-            batch = to_torch(taken)
+            batch, taken = next(batches)
             if at == 0 and self._rank == 0:
                 tally.shown = trainer.prepared(batch, 0, 0, 0.0)[0].round().byte().cpu().numpy()
             done = trainer.step(batch, at, first.epoch, self._told())

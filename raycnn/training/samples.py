@@ -75,9 +75,14 @@ class Samples:
         """Of an epoch."""
         self._val: list[loop.Batch] | None = None
 
-    def batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
-        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread."""
-        return data.read_ahead(self._made_batches(first), BATCHES_AHEAD)
+    def batches(self, first: Cursor, device: torch.device) -> Iterator[tuple[loop.Batch, data.FeedBatch]]:
+        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread.
+
+        Each as tensors, for which a GPU that is the `device` need not wait, and as what they were made of.
+        """
+        pins = device.type == "cuda"
+        made = ((to_torch(taken, pins=pins), taken) for taken in self._made_batches(first))
+        return data.read_ahead(made, BATCHES_AHEAD)
 
     def _made_batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
         c, geometry = self._config, self._geometry
@@ -173,7 +178,12 @@ def _repeated(piece: Piece, visits: npt.NDArray[np.int64], seed: int) -> dict[st
     return {"rows": rows[order].tolist(), "copies": nth[order].tolist()}
 
 
-def to_torch(taken: data.FeedBatch) -> loop.Batch:
-    """The same memory as tensors."""
-    pixels, labels, keys, lanes = map(torch.from_numpy, (taken.pixels, taken.labels, taken.keys, taken.lanes))
-    return loop.Batch(pixels, labels, keys, lanes, None if taken.sizes is None else torch.from_numpy(taken.sizes))
+def to_torch(taken: data.FeedBatch, *, pins: bool = False) -> loop.Batch:
+    """The same memory as tensors; with `pins` a copy that a GPU fetches by itself, while the program goes on."""
+
+    def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+        made = torch.from_numpy(array)
+        return made.pin_memory() if pins else made
+
+    pixels, labels, keys, lanes = map(tensor, (taken.pixels, taken.labels, taken.keys, taken.lanes))
+    return loop.Batch(pixels, labels, keys, lanes, None if taken.sizes is None else tensor(taken.sizes))
