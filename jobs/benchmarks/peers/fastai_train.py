@@ -7,12 +7,15 @@ network of about 41,000 weights; Adam and `fit_one_cycle(12, lr_max=0.05)`.
 What is other here: the library's own `ResBlock`; as many epochs as the time allows, at least one, because a cycle has
 to come to its end. How long an epoch takes is found beforehand, which does not count.
 """
+# fastai, which is not installed everywhere, does not always do what its types say.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false
 
 import time
 from itertools import pairwise
 from pathlib import Path
 
-from fastai.vision.all import (  # pyright: ignore[reportMissingImports]
+from fastai.vision.all import (
     Categorize,
     ConvLayer,
     CropPad,

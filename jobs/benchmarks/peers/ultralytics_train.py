@@ -7,6 +7,9 @@ What is other here: weights begin at random (`.yaml` for `.pt`), as those of all
 downloaded; no plots, which want a font from the network. Seconds are those up to
 the last epoch's validation.
 """
+# ultralytics, which is not installed everywhere, does not always do what its types say.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false
 
 import os
 import time
@@ -22,7 +25,7 @@ def main() -> None:
     """Train, predict."""
     task = told(Training)
     os.environ["YOLO_CONFIG_DIR"], os.environ["YOLO_OFFLINE"] = task.scratch, "true"  # read when it is imported
-    from ultralytics import YOLO  # pyright: ignore[reportMissingImports]
+    from ultralytics import YOLO
 
     ended: list[float] = []  # of each epoch; once more when the best one is validated again
     model = YOLO(MODEL)
