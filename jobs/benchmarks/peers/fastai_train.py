@@ -9,7 +9,7 @@ to come to its end. How long an epoch takes is found beforehand, which does not 
 """
 # fastai, which is not installed everywhere, does not always do what its types say.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 
 import time
 from itertools import pairwise

@@ -9,7 +9,7 @@ the last epoch's validation.
 """
 # ultralytics, which is not installed everywhere, does not always do what its types say.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 
 import os
 import time
