@@ -231,12 +231,19 @@ def test_the_suggestion_stands_at_its_place_among_the_rates():
     assert (4 * mark - curve[0]) / (curve[-1] - curve[0]) == pytest.approx(1 / 3, abs=0.01)
 
 
-def test_training_samples_are_shown_without_their_padding():
-    pixels = np.full((3, 8, 8, 3), 200, np.uint8)
-    sizes = np.array([[8, 8], [8, 4], [2, 8]], np.int32)
-    assert size_of(samples_picture(pixels)) == size_of(samples_picture(pixels, sizes))
-    assert samples_picture(pixels) != samples_picture(pixels, sizes)
-    assert size_of(samples_picture(np.zeros((100, 300, 200, 1), np.uint8)))[0] == 1600
+@pytest.mark.parametrize(("count", "last"), [(100, 63), (3, 2)])
+def test_the_first_training_samples_are_shown_each_in_its_place(count: int, last: int):
+    black = np.zeros((count, 30, 20, 1), np.uint8)
+    white = black.copy()
+    white[last] = 255
+    found = [np.asarray(Image.open(io.BytesIO(samples_picture(p)))).astype(int) for p in (black, white)]
+    assert found[0].shape[1] == 1600
+    rows, columns = np.nonzero((found[0] != found[1]).any(axis=2))
+    assert np.ptp(rows) + 1 == pytest.approx(1.5 * (np.ptp(columns) + 1), abs=2)
+    if count > last + 1:
+        white[last] = 0
+        white[last + 1 :] = 255
+        assert samples_picture(white) == samples_picture(black)
 
 
 # -- what else a run leaves ---------------------------------------------------------------------------------

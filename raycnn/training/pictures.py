@@ -91,20 +91,14 @@ def find_lr_picture(rates: Sequence[float], losses: Sequence[float], suggestion:
 # -- images -------------------------------------------------------------------------------------------------
 
 
-def samples_picture(pixels: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int32] | None = None) -> bytes:
-    """The first training images of a run, up to 64, as the network is given them.
-
-    Args:
-        pixels: uint8 (N, H, W, C).
-        sizes: int32 (N, 2), height and width of each image at the top left of its frame; None where all fill it.
-    """
-    frames = pixels[:SAMPLES]
-    shown = frames if sizes is None else [one[:h, :w] for one, (h, w) in zip(frames, sizes.tolist(), strict=False)]
-    canvas = Canvas("Training images", f"The first {len(frames)}, as the network is given them.")
+def samples_picture(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """The first training images of a run, up to 64, as the network is given them: uint8 (N, H, W, C)."""
+    shown = pixels[:SAMPLES]
+    canvas = Canvas("Training images", f"The first {len(shown)}, as the network is given them.")
     side, columns = (WIDTH - 2 * MARGIN + 8) // (2 * COLUMNS) - 8, 2 * COLUMNS
     for i, one in enumerate(shown):
         canvas.paste_within(rgb(one), MARGIN + i % columns * (side + 8), canvas.y + i // columns * (side + 8), side)
-    canvas.advance(-(-len(frames) // columns) * (side + 8))
+    canvas.advance(-(-len(shown) // columns) * (side + 8))
     return canvas.png()
 
 
