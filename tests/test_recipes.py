@@ -18,10 +18,13 @@ from raycnn.training import train
 RECIPES = sorted((Path(__file__).parent.parent / "jobs/recipes").glob("*.yaml"))
 IMAGENET = next(path for path in RECIPES if path.stem == "imagenet-resnet50")
 HEAD = ("Claim", "Hardware", "Command", "Expected")
-SMALLER = {"image_size": 32, "epochs": 1, "batch_size": 16, "num_workers": 2, "device": "cpu"}
+SMALLER = {"image_size": 64, "epochs": 1, "batch_size": 16, "learning_rate": 0.5 * 16 / 1024}
+SMALLER |= {"num_workers": 2, "device": "cpu"}
 """What stands for the recipe's own where 8 GPUs and a million images are not at hand."""
 MODELS: dict[str, dict[str, Any]] = {
-    "resnet18": {"start_size": 16, "compile": False},
+    # Not less: on CPUs oneDNN's bfloat16 gradient of a 3 x 3 convolution that strides over a single px is whatever
+    # was in memory.
+    "resnet18": {"start_size": 32, "compile": False},
     "classic": {"start_size": 0, "num_workers": 1},  # takes images of one size, and is quickly compiled
 }
 
@@ -60,5 +63,5 @@ def test_every_option_of_the_imagenet_recipe_works_together_on_small_data(photos
     rows = sum(json.loads(open_store(photos).get("manifest.json"))["splits"]["train"]["status"].values())
     assert (report.epochs, report.steps, report.skipped) == (1, -(-rows // config.batch_size), {})
     bundle = bundles.load(report.bundle)
-    assert (bundle.spec.height, bundle.spec.width, bundle.spec.channels) == (32, 32, 3)
+    assert (bundle.spec.height, bundle.spec.width, bundle.spec.channels) == (64, 64, 3)
     assert bundle.class_names == ("left", "right")
