@@ -85,7 +85,6 @@ def test_classic_has_fewer_than_100_000_parameters_on_fashion_mnist():
     assert models.count_parameters(models.build("classic", 10, spec())) == 54_666
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (28, 1), (28, 3), (96, 3), (224, 3)])
 def test_residual_takes_any_size_and_each_pair_adds_to_what_it_is_given(side, channels):
     classifier = models.build("residual", 7, spec(side, side, channels), seed=0).eval()
@@ -102,6 +101,7 @@ def test_residual_is_as_small_as_its_description_says():
     assert models.count_parameters(models.build("residual", 10, spec())) == 424_026
 
 
+@pytest.mark.slow
 def test_classic_reads_handwritten_digits():
     from sklearn.datasets import load_digits
 

@@ -41,7 +41,6 @@ from raycnn.models.weights import (
 __all__ = [
     "GRAY_MEAN",
     "GRAY_STD",
-    "OWN",
     "TIMM",
     "Classifier",
     "Published",

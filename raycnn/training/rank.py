@@ -44,9 +44,11 @@ COUNTS, ELAPSED, VALIDATION = "counts", "elapsed_s", "validation"
 NO_COUNTS = [0.0] * (3 + len(Status))
 """Of an epoch, over all ranks: the sum of the losses, trained rows, rows without a label, bad ones of each status."""
 UNLABELLED = "unlabelled"
-_Batches = Iterator[tuple[loop.Batch, data.FeedBatch]]
 SELFTEST_IMAGES = 8
 FIND_LR_STEPS = 200
+
+_Batches = Iterator[tuple[loop.Batch, data.FeedBatch]]
+"""As `Samples.batches` gives them."""
 
 
 def check_bad(bad: Mapping[str, int], rows: int, max_bad: float) -> None:
