@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
 from raycnn.config import TrainConfig
 
@@ -367,6 +366,8 @@ def _warped(name: str, images: Tensor, strength: Tensor, ranges: _Ranges) -> Ten
 
 def _recoloured(name: str, images: Tensor, strength: Tensor, ranges: _Ranges) -> Tensor:
     """uint8 (n, C, H, W) after one of the other OPERATIONS; strength (n, 1, 1) in -1..1."""
+    from torchvision.transforms.v2 import functional as transforms  # takes a second, so that it waits for a need
+
     strength = strength[..., None]
     match name:
         case "AutoContrast":
