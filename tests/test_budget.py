@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raycnn.config import PackConfig, make
-from raycnn.data import Node, Resources, board, plan_serving, plan_stages, plan_training, plan_units
+from raycnn.data import Node, Resources, board, plan_elastic, plan_serving, plan_stages, plan_training, plan_units
 from raycnn.data.board import shortage
 from raycnn.data.cluster import _most as launchable
 from raycnn.errors import ConfigError
@@ -242,3 +242,13 @@ def wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_an_elastic_run_is_planned_for_its_least_number_of_workers_and_refused_below_it():
+    assert plan_elastic(2, 4, cluster(2), use_gpu=False).worker_cpus == 1
+    assert plan_elastic(2, 4, cluster(8, 8), use_gpu=False).worker_cpus == 4
+    with pytest.raises(ConfigError, match=r"3 workers, .* need 1 CPU each .* has 2 CPUs: use --min-workers 2"):
+        plan_elastic(3, 4, cluster(2), use_gpu=False)
+    with pytest.raises(ConfigError, match=r"need 1 CPU and 1 GPU each .* has 8 CPUs and 1 GPUs: use --min-workers 1"):
+        plan_elastic(2, 4, cluster((8, 1)), use_gpu=True)
+    assert plan_elastic(1, 4, cluster((8, 2)), use_gpu=True).worker_gpus == 1

@@ -322,6 +322,9 @@ def test_a_range_test_suggests_a_rate_at_which_the_loss_falls():
     assert min(found.losses) < found.losses[at] < found.losses[0]
     usual, suggested = (_loss_after(build("classic", 2, SPEC, seed=0), rate) for rate in (1e-4, found.suggestion))
     assert suggested < usual
+    nothing = loop.Batch(*(part[:0] for part in images(1)[:4]))
+    gaps = [batch for pair in zip(batches, [nothing] * 100, strict=True) for batch in pair]
+    assert len(loop.range_test(Trainer(classic(), config(), 100), gaps, 100).rates) <= 50
     with pytest.raises(DataError, match="needs at least 20 steps in an epoch, and had 5"):
         loop.range_test(Trainer(classic(), config(), 100), batches[:5], 100)
 

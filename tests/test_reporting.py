@@ -308,6 +308,13 @@ def test_speed_and_time_left_are_those_of_the_last_minute(watched: Watched):
     assert last == ["3,500/10,000 images  50 images/s  2:10 left"]
 
 
+def test_time_left_is_at_most_what_the_run_may_still_take(watched: Watched):
+    for second in range(0, 70, 10):
+        last = watched.at(float(second), done=50 * second, total=100_000, most_s=120.0 - second)
+    assert last == ["3,000/100,000 images  50 images/s  1:00 left"]
+    assert watched.at(90.0)[0].endswith("  0:30 left")
+
+
 def test_workers_that_finish_together_do_not_make_a_speed_of_millions(watched: Watched):
     watched.at(0.000, done=2048, total=20_480)
     assert watched.at(0.001, done=4096, total=20_480) == []

@@ -42,6 +42,14 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_nobody_killed(resume: An
     assert other.digest() != whole.digest()
 
 
+def test_a_killed_run_that_shows_rare_classes_more_often_goes_on_alike(resume: Any, packed: str, tmp_path: Path):
+    whole, killed = (resume.Run(tmp_path / name, packed) for name in "wk")
+    assert whole.train(2, imbalance="sampler")
+    assert not killed.train(2, resume.Kill("driver", 1, 800), imbalance="sampler")
+    assert killed.train(2, imbalance="sampler")
+    assert killed.digest() == whole.digest()
+
+
 def test_a_run_goes_on_with_another_number_of_workers_and_each_sample_once(resume: Any, packed: str, tmp_path: Path):
     run = resume.Run(tmp_path, packed)
     assert not run.train(1, resume.Kill("driver", 1, 1500))

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,10 +111,50 @@ def test_a_torn_checkpoint_is_not_used(tmp_path):
     assert before["epoch"] == 2
     assert checkpoints.load(before)["x"].tolist() == [2.0, 2.0, 2.0]
     marker = tmp_path / "checkpoints" / f"slot-{before['slot']}.json"
-    marker.write_bytes(marker.read_bytes()[:-1])
-    left = Checkpoints(open_store(str(tmp_path))).last()
-    assert left is not None
-    assert left["epoch"] == 0
+    whole = marker.read_bytes()
+    for damaged in (whole[:-1], b"null", b"{}", whole.replace(b'"step": 0', b'"step": 2')):
+        marker.write_bytes(damaged)
+        checkpoints = Checkpoints(open_store(str(tmp_path)))
+        left = checkpoints.last()
+        assert left is not None
+        assert left["epoch"] == 0
+        assert set(checkpoints.torn) == {str(slot), str(marker)}
+
+
+def test_a_run_says_which_checkpoint_it_does_not_use_and_where_it_goes_on(packed, tmp_path):
+    train(config_of(packed, tmp_path, epochs=2))
+    last = Checkpoints(open_store(str(tmp_path))).last()
+    assert last is not None
+    slot = tmp_path / "checkpoints" / f"slot-{last['slot']}.safetensors"
+    slot.write_bytes(slot.read_bytes()[:-1])
+    events: list[dict[str, Any]] = []
+    assert train(config_of(packed, tmp_path, epochs=3), events.append).epochs == 3
+    text = f"torn or altered, and not used: {slot}; going on from epoch 2, step 1"
+    assert text in [event.get("text") for event in events]
+
+
+def test_more_time_goes_on_within_the_epoch_that_less_time_has_cut(packed, tmp_path):
+    train(config_of(packed, tmp_path, epochs=2, max_time="0.001s", max_bad=0.5))
+    (line,) = History(open_store(str(tmp_path))).lines
+    assert (line["step"], line["cut"]) == (1, True)
+    report = train(config_of(packed, tmp_path, epochs=2, max_bad=0.5))
+    first, second = History(open_store(str(tmp_path))).lines
+    assert (report.epochs, second["step"]) == (2, 2 * first["step"])
+    assert first["skipped"] == second["skipped"] != {}  # each of them sees each image once
+    assert "cut" not in first
+
+
+def test_the_sampler_leaves_out_what_cannot_be_read(packed, tmp_path):
+    report = train(config_of(packed, tmp_path, epochs=2, imbalance="sampler"))
+    assert (report.epochs, report.skipped) == (2, {})
+
+
+def test_mixing_is_refused_where_a_batch_holds_one_image_of_a_lane(packed, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"mixup wants two images of each of the run's 8 lanes .* use --batch-size 16"
+    ):
+        train(config_of(packed, tmp_path / "run", batch_size=15, mixup=0.2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_within_an_epoch_is_the_last_and_never_the_best(tmp_path):
@@ -236,6 +277,21 @@ def test_a_class_without_training_images_is_named(tmp_path):
         train(config_of(str(tmp_path / "packed"), tmp_path / "run"))
 
 
+def test_a_class_without_validation_images_is_trained_on_and_named(tmp_path):
+    store, rng = open_store(str(tmp_path / "raw")), np.random.default_rng(0)
+    for split, names in (("train", "abc"), ("val", "ab")):
+        for number in range(8):
+            for name in names:
+                store.put(f"{split}/{name}/{number}.png", png(rng, name == "a"))
+    raycnn.pack(str(tmp_path / "raw"), str(tmp_path / "packed"))
+    events: list[dict[str, Any]] = []
+    report = train(config_of(str(tmp_path / "packed"), tmp_path / "run", epochs=1), events.append)
+    assert any("no val image of 'c': nothing is known" in event.get("text", "") for event in events)
+    found = json.loads((tmp_path / "run/bundle/validation.json").read_text())
+    assert found["class_counts"] == [8, 8, 0]
+    assert report.epochs == 1
+
+
 def test_learning_rates_are_tried_before_the_run_that_takes_one(packed, tmp_path):
     from raycnn.reporting import train as train_or_find
 
@@ -268,10 +324,15 @@ def test_a_run_ends_when_its_time_is_up_and_its_schedule_with_it(packed, tmp_pat
         ({"epochs": 9, "patience": 2}, [0.6, 0.5, 0.7], False),
         ({"epochs": 9, "max_time": 25.0}, [0.5, 0.6], False),
         ({"epochs": 9, "max_time": 15.0}, [0.5, 0.6], True),
+        ({"epochs": 2, "max_time": 20.0, "cut": True}, [0.5, 0.6], True),
+        ({"epochs": 2, "max_time": 25.0, "cut": True}, [0.5, 0.6], False),
     ],
 )
 def test_when_a_run_is_over(more, accuracies, over):
+    more = dict(more)
+    is_cut = more.pop("cut", False)
     lines = [{"metrics/accuracy_top1": a, "elapsed_s": 10.0 * (i + 1)} for i, a in enumerate(accuracies)]
+    lines[-1] |= {"cut": True} if is_cut else {}
     assert (ended(config_of("d", "r", **more), lines) is not None) == over
 
 

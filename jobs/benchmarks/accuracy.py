@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import RAYCNN, busy_s, last_line, mean_and_std, pack_demo_data
+from benchmarks.measuring import RAYCNN, busy_s, empty_cache, last_line, mean_and_std, pack_demo_data
 
 SEEDS = (0, 1, 2)
 DATA = {"digits": "digits", "fashion-mnist-classic": "fashion-mnist", "fashion-mnist-fast": "fashion-mnist"}
@@ -53,7 +53,8 @@ def trained(packed: str, run: str, words: Sequence[str], flips: bool = False) ->
     from raycnn.storage import open_store
 
     start, busy = time.time(), busy_s()
-    report = last_line([RAYCNN, "train", packed, run, *words, "--json"], TIMEOUT_S)
+    with empty_cache():
+        report = last_line([RAYCNN, "train", packed, run, *words, "--json"], TIMEOUT_S)
     seconds, cpu_s = time.time() - start, busy_s() - busy
     lines = list(map(json.loads, open_store(run).get("metrics.jsonl").splitlines()))
     evaluate = [RAYCNN, "evaluate", report["bundle"], packed, "--split", "test", "--json"]

@@ -44,6 +44,20 @@ def local_s3(bucket: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """No decoded images of runs before: with them a first epoch is like later ones, and reads no shard."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["XDG_CACHE_HOME"]
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+
+
 def jpegs(folder: Path) -> list[bytes]:
     """The JPEG files below a folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]

@@ -29,6 +29,10 @@ EPOCHS, IMAGES, BATCH, CHECKPOINT_EVERY = 3, 1200, 16, 7
 TIMEOUT_S = 300
 
 
+Take = tuple[int, int]
+"""A sample that a worker was given: its position in the epoch's order, and the hash of its key."""
+
+
 class Kill(NamedTuple):
     """Who is killed when a worker has taken so many rows in all, the last ones in this epoch."""
 
@@ -45,7 +49,7 @@ class Run:
         self._takes.mkdir(parents=True)
         self._once, self._packed, self._seed = folder / "once", packed, seed
 
-    def train(self, workers: int, kill: Kill | None = None, **more: int) -> bool:
+    def train(self, workers: int, kill: Kill | None = None, **more: Any) -> bool:
         """Whether the command, with `more` options, came to its end; what it has left is gone."""
         import psutil
 
@@ -97,33 +101,34 @@ class Run:
                 found.update(name.encode() + tensors[name].numpy().tobytes())
         return found.hexdigest()
 
-    def epochs(self) -> Iterator[list[int]]:
-        """The ordinals that each epoch has trained on: those of each process up to where the next one went on."""
-        lanes: defaultdict[tuple[int, int], list[list[int]]] = defaultdict(list)
+    def epochs(self) -> Iterator[list[Take]]:
+        """What each epoch has trained on: what each process took, up to where the next one went on."""
+        lanes: defaultdict[tuple[int, int], list[list[Take]]] = defaultdict(list)
         for log in sorted(self._takes.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
-            mine: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+            mine: defaultdict[tuple[int, int], list[Take]] = defaultdict(list)
             for line in log.read_text().splitlines():
                 part = json.loads(line)
-                mine[part["epoch"], part["lane"]] += part["ordinals"]
-            for lane, ordinals in mine.items():
-                lanes[lane].append(ordinals)
+                mine[part["epoch"], part["lane"]] += zip(part["ordinals"], part["keys"], strict=True)
+            for lane, takes in mine.items():
+                lanes[lane].append(takes)
         for epoch in range(EPOCHS):
-            yield [n for lane in sorted(k for k in lanes if k[0] == epoch) for n in _followed(lanes[lane])]
+            yield [take for lane in sorted(k for k in lanes if k[0] == epoch) for take in _followed(lanes[lane])]
 
     def is_exact(self) -> bool:
-        """Whether each epoch has trained on every sample once."""
-        orders = [keys_in_order(self._packed, epoch) for epoch in range(EPOCHS)]
-        taken = [[order[n] for n in ordinals] for order, ordinals in zip(orders, self.epochs(), strict=True)]
-        return all(sorted(keys) == sorted(orders[0]) for keys in taken)
+        """Whether each epoch has trained on every sample once, each at its place in the order."""
+        from raycnn.data import feed_key
+
+        orders = [list(map(feed_key, keys_in_order(self._packed, epoch))) for epoch in range(EPOCHS)]
+        return all(sorted(taken) == list(enumerate(keys)) for taken, keys in zip(self.epochs(), orders, strict=True))
 
 
-def _followed(processes: Sequence[Sequence[int]]) -> list[int]:
+def _followed(processes: Sequence[Sequence[Take]]) -> list[Take]:
     """What counts of what the processes took of a lane, one after the other."""
-    kept: list[int] = []
-    for ordinals in processes:
-        if ordinals[0] in kept:
-            kept = kept[: kept.index(ordinals[0])]
-        kept += ordinals
+    kept: list[Take] = []
+    for takes in processes:
+        if takes[0] in kept:
+            kept = kept[: kept.index(takes[0])]
+        kept += takes
     return kept
 
 

@@ -15,7 +15,7 @@ from raycnn.data.budget import (
     plan_units,
 )
 from raycnn.data.cache import Cache, Geometry, geometry_of, open_cache
-from raycnn.data.cluster import call_early, connect, is_connected, resources, session, user_errors
+from raycnn.data.cluster import call_early, connect, is_connected, resources, session, start_coordinator, user_errors
 from raycnn.data.decoding import Decoder, groups, read_ahead
 from raycnn.data.feed import (
     Block,
@@ -69,6 +69,7 @@ __all__ = [
     "resources",
     "row_ranges",
     "session",
+    "start_coordinator",
     "stream",
     "through_cache",
     "user_errors",

@@ -167,20 +167,25 @@ def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPla
     raise _too_few(num_workers, limit, gpus)
 
 
-def plan_elastic(most: int, limit: Resources, use_gpu: bool) -> TrainPlan:
+def plan_elastic(least: int, most: int, limit: Resources, use_gpu: bool) -> TrainPlan:
     """Shares for a number of workers that changes: whole CPUs, because Ray Train counts them by their floor.
 
     A worker reserves all CPUs of its share and its decode tasks none: Ray Train starts as many workers as there is room
     for, and where nodes have left, tasks with reservations of their own would find none.
 
     Raises:
-        ConfigError: not even one worker fits.
+        ConfigError: not even the least number of workers fits.
     """
     gpus = 1.0 if use_gpu else 0.0
-    for cpus in range(max(1, int(limit.cpus / most)), 0, -1):
-        if limit.room(cpus, gpus) >= min(most, limit.room(1, gpus)) > 0:
-            return TrainPlan(cpus, gpus, max(1, cpus // 2), 0, cpus)
-    raise _too_few(1, limit, gpus)
+    if (room := limit.room(1, gpus)) < least:
+        remedy = f"use --min-workers {room}" if room else "start Ray with more CPUs"
+        raise ConfigError(
+            f"train: {least} workers, the least number, need 1 CPU{' and 1 GPU' * use_gpu} each on one node, and the "
+            f"cluster has {_described(limit)}{f' and {limit.gpus:g} GPUs' * use_gpu}: {remedy}, or add a worker node"
+        )
+    shares = range(max(1, int(limit.cpus / most)), 0, -1)
+    cpus = next(share for share in shares if limit.room(share, gpus) >= min(most, room))
+    return TrainPlan(cpus, gpus, max(1, cpus // 2), 0, cpus)
 
 
 def plan_serving(models: int, replicas: int, limit: Resources) -> ServePlan:

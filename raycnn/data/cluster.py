@@ -61,7 +61,6 @@ def call_early(function: Callable[[str], T], argument: str, module: str) -> T:
     pipeline, and then waits for, start as well.
     """
     import ray
-    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
     from ray.data._internal.stats import get_or_create_stats_actor
 
     result = ray.remote(num_cpus=0)(function).remote(argument)  # which need not wait for a CPU
@@ -69,9 +68,19 @@ def call_early(function: Callable[[str], T], argument: str, module: str) -> T:
     for _ in range(min(int(ray.available_resources().get("CPU", 0)), MAX_WARM) - 1):
         task.options(name="warm up").remote(module)
     get_or_create_stats_actor()
-    get_or_create_autoscaling_coordinator()
+    start_coordinator()
     with user_errors():
         return ray.get(result)
+
+
+def start_coordinator() -> None:
+    """Start the actor for which Ray Data and Ray Train wait before they start workers.
+
+    Started from here it takes a process that Ray has in store; Ray Train's own controller gets none of those.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+    get_or_create_autoscaling_coordinator()
 
 
 def is_connected() -> bool:

@@ -37,6 +37,8 @@ def range_test(trainer: Trainer, batches: Iterable[Batch], steps: int) -> RangeT
         loss, rows = summed(_taken(trainer, batch, step, rate), trainer.device)
         if not math.isfinite(loss):
             break
+        if not rows:  # not one image of the batch could be read
+            continue
         smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * loss / rows
         rates.append(rate)
         losses.append(smoothed / (1 - SMOOTHING ** len(rates)))

@@ -76,7 +76,8 @@ class ProgressLine:
         {"kind": "note", "text"}                             a line that stays
         {"kind": "status", "text"}                           what is done where nothing can be counted yet
         {"kind": "progress", "done", "total", "text"}        moves the line; a `rate` in it is shown until there is one
-                                                             of our own; `unit` is what is counted, else images
+                                                             of our own; `unit` is what is counted, else images;
+                                                             after `most_s` more seconds it ends in any case
         {"kind": "epoch", "epoch", "epochs", ...metrics}     a line that stays
 
     On a terminal the line is redrawn in place and gone at the end; elsewhere it is printed now and then. What a
@@ -89,6 +90,7 @@ class ProgressLine:
         self._clock, self._lock = clock, threading.Lock()
         self._meter: Meter | None = None
         self._event: dict[str, Any] = {}
+        self._at = 0.0  # when the event came
         self._begin_stage()
         self._printed = (self._stage, 0.0)
         self._live: Live | None = None
@@ -162,7 +164,7 @@ class ProgressLine:
             meter = self._meter = Meter(total, unit, self._stage)
             self._printed = (now, done / max(1, total))
         meter.add(done, now)
-        self._event, self._is_waiting = event, False
+        self._event, self._at, self._is_waiting = event, now, False
         if meter.is_done:
             self._print(self._text(now))
             self._begin_stage()
@@ -190,11 +192,18 @@ class ProgressLine:
         if meter.is_done:
             parts.append(f"in {_clock_text(now - meter.start)}")
         else:
-            rate, left = meter.rate(now) or event.get("rate"), meter.seconds_left(now)
+            rate, left = meter.rate(now) or event.get("rate"), self._seconds_left(now)
             parts.append(f"{_rate_text(rate)} {meter.unit}/s" if rate else "")
             parts.append(f"{_clock_text(left)} left" if left is not None else "")
         parts.append(event.get("text", ""))
         return "  ".join(part for part in parts if part)
+
+    def _seconds_left(self, now: float) -> float | None:
+        assert self._meter is not None
+        left, most = self._meter.seconds_left(now), self._event.get("most_s")
+        if most is None or left is None:
+            return left
+        return min(left, max(0.0, most - (now - self._at)))
 
     def _waiting_text(self, now: float) -> str:
         return "  ".join(filter(None, [_clock_text(now - self._stage), self._status]))

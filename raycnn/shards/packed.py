@@ -142,9 +142,13 @@ class PackedCollection(ParquetCollection):
         return self.manifest["splits"].get(split, {}).get("classes", {})
 
     def labels(self, groups: Sequence[Slice]) -> list[np.ndarray]:
-        """int64 (rows,) of each row group; -1 where a row has none. Only this column is read."""
-        found = column(self.store, groups, "label")
-        return [np.array([-1 if n is None else n for n in values], np.int64) for values in found]
+        """int64 (rows,) of each row group; -1 where an image has none or cannot be read. No images are read for it."""
+
+        def usable(label: int | None, status: str) -> int:
+            return label if label is not None and status == Status.OK else -1
+
+        columns = zip(*(column(self.store, groups, name) for name in ("label", "status")), strict=True)
+        return [np.array(list(map(usable, *both)), np.int64) for both in columns]
 
     def unreadable(self) -> list[str]:
         """Keys of the images of all splits that could not be decoded when they were packed."""

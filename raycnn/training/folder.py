@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shlex
 import struct
 import time
@@ -26,6 +27,8 @@ from raycnn.storage import Store
 
 CONFIG, IDENTITY, DATA, PICTURES = "config.yaml", "run.json", "data", "pictures"
 FIND_LR, FIND_LR_PLOT = "find_lr.json", "find_lr.png"
+CUT = "cut"
+"""In the line of an epoch that --max-time has cut; a longer one goes on within it."""
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
 
@@ -129,10 +132,16 @@ def resume_at(marker: dict[str, Any] | None) -> Cursor:
     return Cursor(marker["epoch"], marker["step"]) if is_within else Cursor(marker["epoch"] + 1, 0)
 
 
+def cut_at(marker: dict[str, Any]) -> Cursor | None:
+    """Where --max-time has cut the epoch of a checkpoint; None where it has not."""
+    return Cursor(marker["epoch"], marker["step"]) if marker["accuracy_top1"] is not None and marker["step"] else None
+
+
 def ended(config: TrainConfig, lines: list[dict[str, Any]]) -> str | None:
     """Why a run with these lines of metrics is over; None where it goes on."""
-    if len(lines) >= config.epochs:
-        return f"{len(lines)} epochs are done"
+    whole = sum(not line.get(CUT) for line in lines)
+    if whole >= config.epochs:
+        return f"{whole} epochs are done"
     if config.max_time and lines and lines[-1].get("elapsed_s", 0.0) >= config.max_time:
         return f"it has trained for --max-time {config.max_time:g} s"
     accuracies = [line["metrics/accuracy_top1"] for line in lines]
@@ -144,18 +153,21 @@ def ended(config: TrainConfig, lines: list[dict[str, Any]]) -> str | None:
 class Checkpoints:
     """Three slots below `checkpoints/`; a checkpoint never overwrites the last or the best one.
 
-    A slot's marker holds the sha256 of its tensors and is written after them, so that a torn write shows. It has an
-    accuracy where the epoch is done, and the number of steps that are done within it otherwise.
+    A slot's marker holds the sha256 of its tensors and its own, and is written after them, so that a torn write shows.
+    It has an accuracy where the model was evaluated, which is at an epoch's end, or where --max-time has cut the epoch;
+    and the number of steps that are done within an epoch whose end it is not.
     """
 
     def __init__(self, store: Store) -> None:
         """Read the markers of whole checkpoints below the run folder."""
         self._store = store.child("checkpoints")
         self._whole: set[str] = set()
+        self.torn: dict[str, None] = {}
+        """Addresses of what was found torn or altered, and is not used; a set that keeps its order."""
 
     def last(self) -> dict[str, Any] | None:
         """The marker of the newest whole checkpoint."""
-        return self._first_whole(sorted(self._markers(), key=resume_at, reverse=True))
+        return self._first_whole(self._newest_first())
 
     def best(self) -> dict[str, Any] | None:
         """The marker of the most accurate whole checkpoint of an epoch's end; the earlier of equals."""
@@ -164,7 +176,7 @@ class Checkpoints:
 
     def at(self, cursor: Cursor) -> dict[str, Any]:
         """The marker of the checkpoint to go on with there, which another worker has found whole."""
-        found = next((m for m in self._markers() if resume_at(m) == cursor), None)
+        found = next((m for m in self._newest_first() if cursor in (resume_at(m), cut_at(m))), None)
         if found is None:
             raise StorageError(
                 f"{self._store.address()}: not every worker sees the checkpoint of epoch {cursor.epoch}; "
@@ -186,8 +198,8 @@ class Checkpoints:
 
         Args:
             tensors: What the run goes on with.
-            at: The epoch that is done, or of which some steps are.
-            accuracy_top1: On validation; None within an epoch.
+            at: The epoch that is done, with 0 steps; or the one of which so many steps are.
+            accuracy_top1: On validation; None within an epoch that goes on.
         """
         taken = {m["slot"] for m in (self.last(), self.best()) if m}
         slot = next(s for s in range(SLOTS) if s not in taken)
@@ -195,17 +207,27 @@ class Checkpoints:
         self._store.put(_tensors(slot), content)
         digest = hashlib.sha256(content).hexdigest()
         marker = {"slot": slot, **at._asdict(), "accuracy_top1": accuracy_top1, "sha256": digest}
-        self._store.put(_marker(slot), json.dumps(marker).encode())
+        self._store.put(_marker(slot), json.dumps(marker | {"marker_sha256": _digest(marker)}).encode())
         self._whole.add(digest)
+
+    def _newest_first(self) -> list[dict[str, Any]]:
+        """An epoch's end comes after all of its steps."""
+
+        def place(marker: dict[str, Any]) -> tuple[int, float]:
+            is_end = marker["accuracy_top1"] is not None and cut_at(marker) is None
+            return marker["epoch"], math.inf if is_end else marker["step"]
+
+        return sorted(self._markers(), key=place, reverse=True)
 
     def _markers(self) -> list[dict[str, Any]]:
         markers: list[dict[str, Any]] = []
         for path in map(_marker, range(SLOTS)):
             if self._store.head(path) is not None:
-                try:
-                    markers.append(json.loads(self._store.get(path)))
-                except ValueError:  # torn, so its checkpoint does not count
-                    continue
+                marker = _unsealed(self._store.get(path))
+                if marker is None:
+                    self.torn[self._store.address(path)] = None
+                else:
+                    markers.append(marker)
         return markers
 
     def _first_whole(self, markers: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -213,13 +235,26 @@ class Checkpoints:
 
     def _bytes(self, marker: dict[str, Any]) -> bytes | None:
         path = _tensors(marker["slot"])
-        if self._store.head(path) is None:
-            return None
-        content = self._store.get(path)
+        content = self._store.get(path) if self._store.head(path) is not None else b""
         if hashlib.sha256(content).hexdigest() != marker["sha256"]:
+            self.torn[self._store.address(path)] = None
             return None
         self._whole.add(marker["sha256"])
         return content
+
+
+def _digest(marker: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+
+
+def _unsealed(content: bytes) -> dict[str, Any] | None:
+    """A marker that is as it was written."""
+    try:
+        marker = json.loads(content)
+    except ValueError:
+        return None
+    is_whole = isinstance(marker, dict) and marker.pop("marker_sha256", None) == _digest(marker)
+    return marker if is_whole else None
 
 
 def _marker(slot: int) -> str:
@@ -344,7 +379,7 @@ class TensorBoard:
         for name, image in (images or {}).items():
             self._write(line["step"], summary=_image(name, image if isinstance(image, bytes) else encoded(image)))
         for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("epoch", "step"):
+            if isinstance(value, int | float) and name not in ("epoch", "step", CUT):
                 self._write(line["step"], summary=scalar(name, value))
         for name, file in self._files.items():
             self._store.put(f"tensorboard/{name}", bytes(file.content))

@@ -22,6 +22,7 @@ from raycnn.shards import PackedCollection, open_collection
 from raycnn.shards.order import Cursor
 from raycnn.storage import open_store
 from raycnn.training.folder import (
+    CUT,
     FIND_LR,
     FIND_LR_PLOT,
     PICTURES,
@@ -30,6 +31,7 @@ from raycnn.training.folder import (
     History,
     Saving,
     TensorBoard,
+    cut_at,
     ended,
     resume_at,
 )
@@ -51,13 +53,13 @@ _Batches = Iterator[tuple[loop.Batch, data.FeedBatch]]
 """As `Samples.batches` gives them."""
 
 
-def check_bad(bad: Mapping[str, int], rows: int, max_bad: float) -> None:
-    """DataError if more of the training images are unreadable than are allowed."""
+def check_bad(bad: Mapping[str, int], rows: int, max_bad: float, listed: str) -> None:
+    """DataError if more of the training images are unreadable than are allowed; it says where they are listed."""
     if (count := sum(bad.values())) > max_bad * rows:
         words = ", ".join(f"{n} {status}" for status, n in sorted(bad.items()))
         raise DataError(
-            f"{count} of {rows} training images cannot be read ({words}), more than --max-bad {max_bad:g}; "
-            "mend them or raise it"
+            f"{count} of {rows} training images cannot be read ({words}), more than --max-bad {max_bad:g}: "
+            f"see {listed}, mend them or raise it"
         )
 
 
@@ -124,21 +126,21 @@ class _Run:
     def train(self) -> None:
         """Run the epochs that are left."""
         with Saving(self._store) as saving:
-            first, counts = self._resume(saving.checkpoints)
             history, bad = History(self._store), BadImages(self._store)
+            first, counts = self._resume(saving.checkpoints, history)
             history.cut(first.epoch)
             batches = self._samples.batches(first, self._trainer.device)
             with TensorBoard(self._store, self._rank == 0, first.epoch * self._steps) as board:
                 while not self._is_over(history):
                     tally = _Tally(counts)
-                    line = self._epoch(first, tally, batches, saving)
+                    line = self._epoch(first, tally, batches, saving, bad)
                     metrics = self._evaluated(line)
-                    self._list_bad(bad, tally, line)
                     if self._rank == 0:
                         history.add(line)
                         board.add(line, self._pictures(metrics, tally))
-                        state = self._state() | {VALIDATION: metrics.to_vector()}
-                        saving.save(state, first, metrics.accuracy_top1)
+                        state = self._state(tally.total) | {VALIDATION: metrics.to_vector()}
+                        steps = line["step"] - first.epoch * self._steps if CUT in line else 0
+                        saving.save(state, Cursor(first.epoch, steps), metrics.accuracy_top1)
                         self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
                     first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
 
@@ -147,10 +149,17 @@ class _Run:
         is_over = self._rank == 0 and ended(self._config, history.lines) is not None
         return bool(self._sum([float(is_over)])[0])
 
-    def _resume(self, checkpoints: Checkpoints) -> tuple[Cursor, list[float]]:
+    def _resume(self, checkpoints: Checkpoints, history: History) -> tuple[Cursor, list[float]]:
         """Load the checkpoint that rank 0 finds, so that all ranks go on from one; where, and what it had counted."""
         last = checkpoints.last() if self._rank == 0 else None
-        first = Cursor(*map(int, self._sum(list(map(float, resume_at(last))))))
+        first = resume_at(last)
+        if last is not None and ended(self._config, history.lines[: first.epoch]) is None:
+            first = cut_at(last) or first  # there is more time now
+        if checkpoints.torn:
+            names = ", ".join(checkpoints.torn)
+            where = f"epoch {first.epoch + 1}, step {first.step + 1}" if last else "the beginning"
+            self._post({"kind": "note", "text": f"torn or altered, and not used: {names}; going on from {where}"})
+        first = Cursor(*map(int, self._sum(list(map(float, first)))))
         counts = list(NO_COUNTS)
         if first > (0, 0):
             tensors = checkpoints.load(last or checkpoints.at(first))
@@ -160,18 +169,22 @@ class _Run:
             self._began -= float(tensors[ELAPSED])
         return first, counts
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        return self._trainer.state() | {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64)}
+    def _state(self, counts: list[float]) -> dict[str, torch.Tensor]:
+        more = {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64), COUNTS: torch.tensor(counts)}
+        return self._trainer.state() | more
 
     def _elapsed(self) -> float:
         """Seconds that the run has trained, in this process and in those before it."""
         return time.perf_counter() - self._began
 
-    def _epoch(self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving) -> dict[str, Any]:
+    def _epoch(
+        self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving, bad: BadImages
+    ) -> dict[str, Any]:
         """What is left of an epoch, and its line."""
         self._trainer.clock.begin()
-        steps, share = self._steps_left(first, tally, batches, saving)
-        total, all_rows, *_ = everything = self._sum(tally.counts)
+        steps, share = self._steps_left(first, tally, batches, saving, bad)
+        skipped = self._counted(tally, bad)
+        total, all_rows, *_ = tally.total
         seconds = time.perf_counter() - tally.began
         line = {
             "epoch": first.epoch,
@@ -180,13 +193,17 @@ class _Run:
             "lr": loop.learning_rate(self._config, share),
             "images_per_s": (all_rows - tally.rows_before) / seconds,  # of rank 0, which alone knows the rows before
             "seconds": seconds,
-            "skipped": self._skipped(everything),
+            "skipped": skipped,
         }
+        if steps < (first.epoch + 1) * self._steps:
+            line[CUT] = True
         if first == (0, 0):
             line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
         return line
 
-    def _steps_left(self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving) -> tuple[int, float]:
+    def _steps_left(
+        self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving, bad: BadImages
+    ) -> tuple[int, float]:
         """How many steps the run has taken then, and which share of it that is."""
         trainer, share = self._trainer, 0.0
         at = first.epoch * self._steps + first.step
@@ -203,10 +220,9 @@ class _Run:
                 break
             is_due = (step + 1) % self._config.checkpoint_every == 0 or self._is_preempted(done.told)
             if is_due and step + 1 < self._steps:
-                so_far = self._sum(tally.counts)
-                self._skipped(so_far)
+                self._counted(tally, bad)
                 if self._rank == 0:
-                    saving.save(self._state() | {COUNTS: torch.tensor(so_far)}, Cursor(first.epoch, step + 1))
+                    saving.save(self._state(tally.total), Cursor(first.epoch, step + 1))
                 trainer.clock.mark("checkpoint")
         return at, share
 
@@ -225,18 +241,24 @@ class _Run:
         }
         return metrics
 
-    def _list_bad(self, bad: BadImages, tally: "_Tally", line: dict[str, Any]) -> None:
-        """Of all ranks, by name: what the decoded cache knows by its hash alone, packing has listed."""
-        count = sum(n for word, n in line["skipped"].items() if word != UNLABELLED)
-        if not count:
-            return
-        failures = list(itertools.chain.from_iterable(loop.gathered(tally.failures)))
-        if self._rank == 0:
-            nameless = any(not failure.key for failure in failures)
-            names = self._names if nameless else {}
-            found = {f.key or names.get(f.hash, ""): f.bad for f in failures}
-            found.pop("", None)
-            bad.write(found, count)
+    def _counted(self, tally: "_Tally", bad: BadImages) -> dict[str, int]:
+        """The images of an epoch so far that were not trained on, by reason; DataError where they are too many.
+
+        The unreadable ones of all ranks are listed, by name: what the decoded cache knows by its hash alone, packing
+        has listed.
+        """
+        tally.total = self._sum(tally.counts)
+        _, _, unlabelled, *counts = tally.total
+        skipped = {str(word): int(count) for word, count in zip(Status, counts, strict=True) if count}
+        if count := sum(skipped.values()):
+            failures = list(itertools.chain.from_iterable(loop.gathered(tally.failures)))
+            if self._rank == 0:
+                names = self._names if any(not failure.key for failure in failures) else {}
+                found = {f.key or names.get(f.hash, ""): f.bad for f in failures}
+                found.pop("", None)
+                bad.write(found, count)
+        check_bad(skipped, self._rows, self._config.max_bad, self._store.address(BadImages.PATH))
+        return skipped | ({UNLABELLED: int(unlabelled)} if unlabelled else {})
 
     @functools.cached_property
     def _names(self) -> dict[int, str]:
@@ -270,13 +292,6 @@ class _Run:
         self._leaving |= news
         return bool(news)
 
-    def _skipped(self, counts: list[float]) -> dict[str, int]:
-        """The images of an epoch that were not trained on, by reason; DataError where they are too many."""
-        _, _, unlabelled, *bad = counts
-        skipped = {str(word): int(count) for word, count in zip(Status, bad, strict=True) if count}
-        check_bad(skipped, self._rows, self._config.max_bad)
-        return skipped | ({UNLABELLED: int(unlabelled)} if unlabelled else {})
-
     def _sum(self, values: list[float]) -> list[float]:
         """Each value added up over the ranks."""
         return loop.summed(values, self._trainer.device)
@@ -289,8 +304,10 @@ class _Run:
             rows = tally.counts[1] - tally.rows_before
             rate = rows * loop.world_size() / max(now - tally.began, 1e-9)
             text = f"epoch {epoch + 1}/{self._config.epochs}"
-            total = self._config.epochs * self._rows
-            self._post({"kind": "progress", "done": done, "total": total, "rate": rate, "text": text})
+            event = {"kind": "progress", "done": done, "total": self._config.epochs * self._rows, "rate": rate}
+            if self._config.max_time:
+                event["most_s"] = max(0.0, self._config.max_time - self._elapsed())
+            self._post(event | {"text": text})
 
     def _post(self, event: dict[str, Any]) -> None:
         self._board.post.remote(event)
@@ -302,6 +319,8 @@ class _Tally:
     def __init__(self, counts: list[float]) -> None:
         """Go on with what an earlier process had counted, on all ranks."""
         self.counts, self.rows_before, self.began = counts, counts[1], time.perf_counter()
+        self.total = counts
+        """As `counts`, over all ranks, when they were last added up."""
         self.failures: list[data.Failure] = []
         self.shown: npt.NDArray[np.uint8] | None = None
         """The run's first batch, as the network is given it."""
@@ -346,6 +365,7 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
             "accuracy_top1": metrics.accuracy_top1,
             "loss": metrics.loss,
             "epochs": resume_at(last).epoch,
+            "steps": History(store).lines[-1]["step"],
         },
         validation=metrics.validation(),
         samples=good,

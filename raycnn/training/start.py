@@ -21,7 +21,7 @@ from raycnn.models import (
     require_file,
     takes_size,
 )
-from raycnn.shards import Collection, PackedCollection, open_collection
+from raycnn.shards import UNREADABLE, Collection, PackedCollection, open_collection
 from raycnn.shards.order import lanes_for
 from raycnn.storage import Store, contains, open_store
 from raycnn.training.folder import (
@@ -79,9 +79,11 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     """
     say = progress or (lambda event: None)
     config, store, packed, spec = _prepared(config, say)
-    claimed(store, config, packed)
+    found = claimed(store, config, packed)
+    _check_mixes(config, found.lanes if found else lanes_for(config.num_workers))
     done = resume_at(Checkpoints(store).last()).epoch
-    if ended(config, History(store).lines[:done]) is None or _bundle_epochs(store) < done:
+    lines = History(store).lines[:done]
+    if ended(config, lines) is None or _bundle_steps(store) < _steps(lines):
         _check_readable(config, packed)
         _fit(config, packed, spec, say, lambda: claim(store, config, packed, _geometry(config, packed, spec)))
     return _report(store, done)
@@ -96,6 +98,7 @@ def find_rate(config: TrainConfig, progress: data.Progress | None = None) -> Rat
     """
     say = progress or (lambda event: None)
     config, store, packed, spec = _prepared(config, say)
+    _check_mixes(config, lanes_for(config.num_workers))
     _check_readable(config, packed)
     _fit(config, packed, spec, say, lambda: Claim(lanes_for(config.num_workers), _geometry(config, packed, spec)))
     found = json.loads(store.get(FIND_LR))
@@ -109,7 +112,7 @@ def _prepared(config: TrainConfig, say: data.Progress) -> tuple[TrainConfig, Sto
     config = _checked(config)
     store = open_store(config.run)
     packed = _packed(config, store, say)
-    _check_classes(packed)
+    _check_classes(packed, say)
     spec = image_spec(config, packed.manifest)
     _check_grows(config, spec)
     return config, store, packed, spec
@@ -117,7 +120,7 @@ def _prepared(config: TrainConfig, say: data.Progress) -> tuple[TrainConfig, Sto
 
 def _report(store: Store, resumed_at: int) -> TrainReport:
     lines = History(store).lines
-    if not lines or _bundle_epochs(store) < len(lines):
+    if not lines or _bundle_steps(store) < _steps(lines):
         raise StorageError(
             f"{store.address()} lacks what the training workers should have left there; "
             "on several nodes the run folder has to be s3:// or a folder that all of them share"
@@ -155,6 +158,16 @@ def _check_grows(config: TrainConfig, spec: ImageSpec) -> None:
         )
 
 
+def _check_mixes(config: TrainConfig, lanes: int) -> None:
+    """Images are mixed with the next one of their lane, so that any number of workers mixes the same."""
+    for name in ("mixup", "cutmix"):
+        if getattr(config, name) and config.batch_size < 2 * lanes:
+            raise ConfigError(
+                f"{name} wants two images of each of the run's {lanes} lanes in a batch: "
+                f"use --batch-size {2 * lanes} or more, or --{name} 0"
+            )
+
+
 def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedCollection:
     """The packed data set to train on; any other layout is packed into the run folder first, said aloud."""
     collection = open_collection(config.data)
@@ -184,24 +197,27 @@ def _check_two_classes(collection: Collection) -> None:
         raise DataError(f"{where}: classes: {names}; training needs two or more, each with its images")
 
 
-def _check_classes(packed: PackedCollection) -> None:
+def _check_classes(packed: PackedCollection, say: data.Progress) -> None:
+    """Each class has images to train on; of rare ones all may have come into the training split by chance."""
     _check_two_classes(packed)
     for split in ("train", "val"):
         counts = packed.counts(split)
         missing = [name for name in packed.class_names if not counts.get(name)]
-        if missing:
-            raise DataError(
-                f"{packed.store.address()}: no {split} image of {missing[0]!r}"
-                + (f" and {len(missing) - 1} other classes" if missing[1:] else "")
-                + f"; add some, or give {split} more of them: raycnn pack SRC DST --val SHARE --test SHARE"
-            )
+        if not missing:
+            continue
+        others = f" and {len(missing) - 1} other classes" if missing[1:] else ""
+        text = f"{packed.store.address()}: no {split} image of {missing[0]!r}{others}"
+        if split == "train" or len(missing) == len(packed.class_names):
+            remedy = f"add some, or give {split} more of them: raycnn pack SRC DST --val SHARE --test SHARE"
+            raise DataError(f"{text}; {remedy}")
+        say({"kind": "note", "text": f"{text}: nothing is known of how well they are told apart"})
 
 
 def _check_readable(config: TrainConfig, packed: PackedCollection) -> None:
     """What packing could not read, training cannot either: said before any work."""
     status = packed.manifest["splits"]["train"]["status"]
     bad = Counter({word: n for word, n in status.items() if word != Status.OK})
-    check_bad(bad, packed.rows("train"), config.max_bad)
+    check_bad(bad, packed.rows("train"), config.max_bad, packed.store.address(UNREADABLE))
 
 
 def image_spec(config: TrainConfig, manifest: dict[str, Any]) -> ImageSpec:
@@ -236,11 +252,15 @@ def _channels(config: TrainConfig, seen: dict[str, Any]) -> int:
     return channels_in(blank(config.model, 2, ImageSpec()), state)
 
 
-def _bundle_epochs(store: Store) -> int:
-    """How many epochs the run's bundle has seen; 0 where there is none yet."""
+def _bundle_steps(store: Store) -> int:
+    """How many steps the run had taken when it made its bundle; 0 where there is none yet."""
     if store.head("bundle/config.json") is None:
         return 0
-    return json.loads(store.get("bundle/config.json"))["metrics"].get("epochs", 0)
+    return json.loads(store.get("bundle/config.json"))["metrics"].get("steps", 0)
+
+
+def _steps(lines: list[dict[str, Any]]) -> int:
+    return lines[-1]["step"] if lines else 0
 
 
 def _geometry(config: TrainConfig, packed: PackedCollection, spec: ImageSpec) -> data.Geometry | None:
@@ -255,13 +275,17 @@ def _fit(
     """Run Ray Train, once it is known that the cluster can; show what rank 0 posts while it runs."""
     data.connect(say)
     _, limit = data.resources()
-    use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= config.num_workers)
-    planned = data.plan_elastic if config.min_workers else data.plan_training
-    plan = planned(config.num_workers, limit, use_gpu)
+    least = config.min_workers or config.num_workers
+    use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= least)
+    if config.min_workers:
+        plan = data.plan_elastic(least, config.num_workers, limit, use_gpu)
+    else:
+        plan = data.plan_training(config.num_workers, limit, use_gpu)
     share = "a GPU" if use_gpu else f"{plan.threads} CPU threads"
     count = f"{config.min_workers} to {config.num_workers}" if config.min_workers else config.num_workers
     say({"kind": "note", "text": f"starting training workers: {count}, with {share} each"})
     decided = decide()
+    data.start_coordinator()
     arguments = {
         "config": config.model_dump(mode="json"),
         "data": packed.store.url,
