@@ -99,6 +99,21 @@ def test_the_table_of_training_has_rates_ratios_and_the_accuracy_of_every_conten
     assert "| fastai 2.8 | 91.00 ± 1.41% | 41,132 | 299 | 580 |" in table
 
 
+def test_what_training_has_missed_is_told_bar_by_bar_and_peer_by_peer():
+    from benchmarks import train
+
+    means = {train.DEFAULTS: 0.91, train.BY_RECIPE: 0.93, "fastai": 0.92, "other": 0.93}
+    accuracy = {name: {"accuracy": {"mean": mean}} for name, mean in means.items()}
+    result = {**train.summary(training_samples()), "accuracy": accuracy, "peers_not_installed": ["ultralytics"]}
+    missed = train.misses(result)
+    assert [line for line in missed if "resnet18" in line] == [
+        "resnet18, raycnn train, first epoch: 0.90 of bare loop, not 0.95",
+        "resnet18, raycnn train, later epochs: 0.90 of bare loop, not 0.95",
+    ]
+    assert missed[-2:] == ["other: accuracy 0.9300, raycnn 0.9300", "ultralytics is not installed"]
+    assert not any("first step" in line or "fastai" in line for line in missed)
+
+
 def test_a_recipe_is_told_by_mean_and_deviation_of_its_seeds():
     from benchmarks import accuracy
 

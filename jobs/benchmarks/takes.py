@@ -29,8 +29,8 @@ def install() -> None:
         for part in given(self, lane, count):
             epoch, ordinals = int(part["epoch"][0]), part["ordinal"].tolist()
             with log.open("a") as file:
-                taken_now = {"ordinals": ordinals, "keys": part["key"].tolist()}
-                file.write(json.dumps({"epoch": epoch, "lane": lane} | taken_now) + "\n")
+                take = {"epoch": epoch, "lane": lane, "ordinals": ordinals, "keys": part["key"].tolist()}
+                file.write(json.dumps(take) + "\n")
             taken += len(ordinals)
             if kill and epoch == kill["epoch"] and taken >= kill["rows"] and _is_first(kill["once"]):
                 threading.Timer(random.Random(kill["rows"]).uniform(0, 0.03), _shoot, [kill]).start()

@@ -37,16 +37,16 @@ class Meter:
         """Measure work of `total` images that began at `start`; all times are seconds of one clock."""
         self.total, self.unit, self.done, self.start = total, unit, 0, start
         self._points: deque[tuple[float, int]] = deque()
-        self._burst = -math.inf
+        self._burst, self._end = -math.inf, math.inf
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is left."""
         return self.done >= self.total
 
-    def add(self, done: int, now: float) -> None:
-        """So many are done now."""
-        self.done = done
+    def add(self, done: int, now: float, most_s: float = math.inf) -> None:
+        """So many are done now, and the work ends in so many seconds in any case."""
+        self.done, self._end = done, now + most_s
         if now - self._burst < BURST_S:
             self._points.pop()
         else:
@@ -67,7 +67,7 @@ class Meter:
     def seconds_left(self, now: float) -> float | None:
         """At the speed of late, or None where nothing is known yet."""
         rate = self.rate(now)
-        return (self.total - self.done) / rate if rate else None
+        return min((self.total - self.done) / rate, max(0.0, self._end - now)) if rate else None
 
 
 class ProgressLine:
@@ -90,7 +90,6 @@ class ProgressLine:
         self._clock, self._lock = clock, threading.Lock()
         self._meter: Meter | None = None
         self._event: dict[str, Any] = {}
-        self._at = 0.0  # when the event came
         self._begin_stage()
         self._printed = (self._stage, 0.0)
         self._live: Live | None = None
@@ -163,8 +162,8 @@ class ProgressLine:
         if meter is None or meter.is_done or (meter.total, meter.unit) != (total, unit) or done < meter.done:
             meter = self._meter = Meter(total, unit, self._stage)
             self._printed = (now, done / max(1, total))
-        meter.add(done, now)
-        self._event, self._at, self._is_waiting = event, now, False
+        meter.add(done, now, event.get("most_s", math.inf))
+        self._event, self._is_waiting = event, False
         if meter.is_done:
             self._print(self._text(now))
             self._begin_stage()
@@ -192,18 +191,11 @@ class ProgressLine:
         if meter.is_done:
             parts.append(f"in {_clock_text(now - meter.start)}")
         else:
-            rate, left = meter.rate(now) or event.get("rate"), self._seconds_left(now)
+            rate, left = meter.rate(now) or event.get("rate"), meter.seconds_left(now)
             parts.append(f"{_rate_text(rate)} {meter.unit}/s" if rate else "")
             parts.append(f"{_clock_text(left)} left" if left is not None else "")
         parts.append(event.get("text", ""))
         return "  ".join(part for part in parts if part)
-
-    def _seconds_left(self, now: float) -> float | None:
-        assert self._meter is not None
-        left, most = self._meter.seconds_left(now), self._event.get("most_s")
-        if most is None or left is None:
-            return left
-        return min(left, max(0.0, most - (now - self._at)))
 
     def _waiting_text(self, now: float) -> str:
         return "  ".join(filter(None, [_clock_text(now - self._stage), self._status]))

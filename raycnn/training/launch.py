@@ -23,8 +23,8 @@ ABORT_S = 5.0
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """To glibc, where CPUs train: keep freed memory for the next step, which needs as much.
 
-Otherwise each step gives the system back its activations, and waits while it clears new pages for them: a tenth of the
-time of a resnet18. One arena, because those of threads other than the main one always give back what is free.
+Otherwise each step gives the system back its activations, and waits while it clears new pages for them. One arena,
+because those of threads other than the main one always give back what is free.
 """
 RESIZE_S = 60.0
 """Between two looks whether there is room for more workers, which begin at the last checkpoint."""

@@ -344,14 +344,14 @@ def _say_nothing(text: str) -> None:
 def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classifier) -> None:
     """Make the run's bundle from its best checkpoint, with that one's temperature and validation."""
     store = open_store(config.run)
-    checkpoints = Checkpoints(store)
+    checkpoints, lines = Checkpoints(store), History(store).lines
     last, best = checkpoints.last(), checkpoints.best()
     assert last is not None
     assert best is not None
     tensors = checkpoints.load(best)
     metrics = Metrics.from_vector(tensors[VALIDATION], len(packed.class_names))
     classifier.load_state_dict(loop.evaluated_weights(tensors))
-    for name, png in run_pictures(classifier.eval(), packed, metrics, History(store).lines).items():
+    for name, png in run_pictures(classifier.eval(), packed, metrics, lines).items():
         store.put(f"{PICTURES}/{name}", png)
     piece = next(packed.select("val", Counter()))
     samples = [s.encoded for s in packed.read([piece]) if s.encoded][: SELFTEST_IMAGES * 2]
@@ -365,7 +365,7 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
             "accuracy_top1": metrics.accuracy_top1,
             "loss": metrics.loss,
             "epochs": resume_at(last).epoch,
-            "steps": History(store).lines[-1]["step"],
+            "steps": lines[-1]["step"],
         },
         validation=metrics.validation(),
         samples=good,
