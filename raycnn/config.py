@@ -38,6 +38,8 @@ FLOAT32, FLOAT16 = "float32", "float16"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GRAY_MEAN, GRAY_STD = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+"""ImageNet's, averaged over red, green and blue."""
 
 
 def precision_on(device: str) -> str:

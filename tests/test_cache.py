@@ -267,15 +267,15 @@ def test_a_node_without_a_place_to_keep_them_says_so_and_goes_on(tmp_path, monke
 
 
 def test_a_run_goes_on_as_it_began_whatever_the_budget_is_now(tmp_path):
-    from raycnn.training.folder import claim
+    from raycnn.training.folder import Claim, claim
 
     packed = packed_of(tmp_path / "packed", SMALL, [(8, 8)])
     for name, first, then in (("kept", WHOLE, None), ("boxed", None, WHOLE)):
         store = open_store(str(tmp_path / name))
         config = make(TrainConfig, {"data": packed.store.url, "run": store.url})
-        assert claim(store, config, packed, first).geometry == first
+        assert claim(store, config, packed, Claim(4, first)).geometry == first
         assert json.loads(store.get("run.json"))["cached"] == (first is not None)
-        assert claim(store, config.model_copy(update={"cache_gib": 0.5}), packed, then).geometry == first
+        assert claim(store, config.model_copy(update={"cache_gib": 0.5}), packed, Claim(4, then)).geometry == first
 
 
 def test_photos_are_kept_a_little_larger_than_the_model_takes_them():

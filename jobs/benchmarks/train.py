@@ -45,7 +45,7 @@ BUCKET = "bench"
 TIMEOUT_S = 3600
 
 BUDGET_S = 300
-SEEDS = (0,)
+SEEDS = (0, 1)
 RECIPE = Path(__file__).parents[1] / "recipes" / "fashion-mnist-fast.yaml"
 
 BARE, ONE, TWO = "bare loop", "raycnn train", "raycnn train, 2 workers"

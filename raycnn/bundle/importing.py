@@ -7,7 +7,7 @@ from typing import Any
 
 from raycnn import models
 from raycnn.bundle.folder import CONFIG, check_names, save
-from raycnn.config import ImageSpec, ImportConfig
+from raycnn.config import GRAY_MEAN, GRAY_STD, ImageSpec, ImportConfig
 from raycnn.errors import ConfigError
 from raycnn.storage import open_store
 
@@ -40,7 +40,7 @@ def import_model(config: ImportConfig) -> ImportReport:
     state = models.load_weights(config.model, config.weights)
     classifier = models.blank(config.model, len(names), spec)
     if models.channels_in(classifier, state) == 1:
-        gray = {"channels": 1, "mean": models.GRAY_MEAN, "std": models.GRAY_STD}
+        gray = {"channels": 1, "mean": GRAY_MEAN, "std": GRAY_STD}
         classifier = models.blank(config.model, len(names), spec.model_copy(update=gray))
     models.fill(classifier, state, config.weights)
     bundle = save(

@@ -15,7 +15,16 @@ from raycnn.data.budget import (
     plan_units,
 )
 from raycnn.data.cache import Cache, Geometry, geometry_of, open_cache
-from raycnn.data.cluster import call_early, connect, is_connected, resources, session, start_coordinator, user_errors
+from raycnn.data.cluster import (
+    call_early,
+    connect,
+    is_connected,
+    is_own_cluster,
+    resources,
+    session,
+    user_errors,
+    warm_up,
+)
 from raycnn.data.decoding import Decoder, groups, read_ahead
 from raycnn.data.feed import (
     Block,
@@ -56,6 +65,7 @@ __all__ = [
     "geometry_of",
     "groups",
     "is_connected",
+    "is_own_cluster",
     "items_of",
     "join",
     "map_units",
@@ -69,8 +79,8 @@ __all__ = [
     "resources",
     "row_ranges",
     "session",
-    "start_coordinator",
     "stream",
     "through_cache",
     "user_errors",
+    "warm_up",
 ]

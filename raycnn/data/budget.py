@@ -71,6 +71,14 @@ class StagePlan(NamedTuple):
     actor_gpus: float
 
 
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""To glibc, where CPUs train: keep freed memory for the next step, which needs as much.
+
+Otherwise each step gives the system back its activations, and waits while it clears new pages for them. One arena,
+because those of threads other than the main one always give back what is free.
+"""
+
+
 class TrainPlan(NamedTuple):
     """How one training worker and the decode tasks that feed it share the machine; times `num_workers`."""
 
@@ -79,6 +87,11 @@ class TrainPlan(NamedTuple):
     tasks: int
     task_cpus: float
     threads: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the workers, and of the tasks that decode for them."""
+        return {} if self.worker_gpus else KEEP_MEMORY
 
 
 class ServePlan(NamedTuple):

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,30 +57,36 @@ def connect(say: Progress | None = None) -> None:
 def call_early(function: Callable[[str], T], argument: str, module: str) -> T:
     """What a function returns, which is called in a worker and may import torch, so that the driver need not.
 
-    Meanwhile others import the module with which all of them will work. Two actors that Ray Data starts with its first
-    pipeline, and then waits for, start as well.
+    Meanwhile others import the module with which all of them will work.
     """
     import ray
-    from ray.data._internal.stats import get_or_create_stats_actor
 
     result = ray.remote(num_cpus=0)(function).remote(argument)  # which need not wait for a CPU
-    task = ray.remote(num_cpus=1)(importlib.import_module)
-    for _ in range(min(int(ray.available_resources().get("CPU", 0)), MAX_WARM) - 1):
-        task.options(name="warm up").remote(module)
-    get_or_create_stats_actor()
-    start_coordinator()
+    warm_up([module], int(ray.available_resources().get("CPU", 0)) - 1, cpus=1)
     with user_errors():
         return ray.get(result)
 
 
-def start_coordinator() -> None:
-    """Start the actor for which Ray Data and Ray Train wait before they start workers.
+def warm_up(modules: Sequence[str], count: int, cpus: float, environment: Mapping[str, str] | None = None) -> None:
+    """Start so many processes for the tasks that are to come in this environment, which import what these will need.
 
-    Started from here it takes a process that Ray has in store; Ray Train's own controller gets none of those.
+    Two actors for which Ray Data and Ray Train wait start as well: from here they take processes that Ray has in store.
     """
+    import ray
     from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.data._internal.stats import get_or_create_stats_actor
 
+    options: dict[str, Any] = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
     get_or_create_autoscaling_coordinator()
+    task = ray.remote(num_cpus=cpus, **options)(_import)
+    for _ in range(min(count, MAX_WARM)):
+        task.options(name="warm up").remote(modules)
+    get_or_create_stats_actor()
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 def is_connected() -> bool:
@@ -88,6 +94,13 @@ def is_connected() -> bool:
     import ray
 
     return ray.is_initialized()
+
+
+def is_own_cluster() -> bool:
+    """Whether this process has started the cluster that it is connected to, which ends with it."""
+    from ray._private.worker import _global_node
+
+    return _global_node is not None and _global_node.is_head()
 
 
 @contextmanager
@@ -255,9 +268,8 @@ def user_errors() -> Iterator[None]:
 def _placed(cause: RaycnnError) -> RaycnnError:
     """A worker's trouble with the store says that it is a worker's: this process may have other credentials."""
     import ray
-    from ray._private.worker import _global_node
 
-    if type(cause) is not StorageError or _global_node is None or _global_node.is_head():
+    if type(cause) is not StorageError or not is_connected() or is_own_cluster():
         return cause
     where = f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
     return StorageError(f"{cause} (on a node of {where}: it has the environment in which Ray was started there)")

@@ -45,7 +45,10 @@ def groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
 
 
 def read_ahead(items: Iterator[T], ahead: int = AHEAD) -> Generator[T, None, None]:
-    """The items, up to `ahead` of them made on a thread before they are asked for; its exception is raised here."""
+    """The items, up to `ahead` of them made on a thread that starts now; its exception is raised where they are taken.
+
+    They have to be taken, or the iterator closed after the first of them: else the thread waits for ever.
+    """
     waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
     is_over = threading.Event()
 
@@ -65,20 +68,23 @@ def read_ahead(items: Iterator[T], ahead: int = AHEAD) -> Generator[T, None, Non
         except BaseException as error:  # noqa: BLE001  whatever it is, it is raised where the items are taken
             put(None, error)
 
+    def taken() -> Generator[T, None, None]:
+        try:
+            while True:
+                item, error = waiting.get()
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                assert item is not None
+                yield item
+        finally:
+            is_over.set()
+            thread.join()
+
     thread = threading.Thread(target=fill, name="read ahead", daemon=True)
     thread.start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            assert item is not None
-            yield item
-    finally:
-        is_over.set()
-        thread.join()
+    return taken()
 
 
 class Decoder:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from raycnn.config import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
+from raycnn.config import ImageSpec
 from raycnn.errors import BundleError, ConfigError
 from raycnn.models.architectures import (
     OWN,
@@ -39,8 +39,6 @@ from raycnn.models.weights import (
 )
 
 __all__ = [
-    "GRAY_MEAN",
-    "GRAY_STD",
     "TIMM",
     "Classifier",
     "Published",
@@ -63,9 +61,6 @@ __all__ = [
     "takes_size",
     "timm_spec",
 ]
-
-GRAY_MEAN, GRAY_STD = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
-"""ImageNet's, averaged over red, green and blue."""
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")

@@ -13,6 +13,6 @@ nothing to do when it is finished.
 """
 
 from raycnn.training.folder import PICTURES, Checkpoints, repeat_command
-from raycnn.training.start import RateReport, TrainReport, find_rate, image_spec, train
+from raycnn.training.start import RateReport, TrainReport, find_rate, train
 
-__all__ = ["PICTURES", "Checkpoints", "RateReport", "TrainReport", "find_rate", "image_spec", "repeat_command", "train"]
+__all__ = ["PICTURES", "Checkpoints", "RateReport", "TrainReport", "find_rate", "repeat_command", "train"]

@@ -1,4 +1,7 @@
-"""What lies in a run folder, written so that a death at any moment leaves a run that goes on."""
+"""What lies in a run folder, written so that a death at any moment leaves a run that goes on.
+
+torch, which takes seconds to import, waits until tensors are read or written: the driver does neither.
+"""
 
 import hashlib
 import json
@@ -8,22 +11,22 @@ import struct
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import yaml
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from raycnn.config import TrainConfig, to_yaml
 from raycnn.data import Geometry
 from raycnn.drawing.canvas import encoded
-from raycnn.errors import Bad, ConfigError, StorageError
+from raycnn.errors import Bad, ConfigError, DataError, StorageError
 from raycnn.shards import MANIFEST, PackedCollection
-from raycnn.shards.order import Cursor, lanes_for
+from raycnn.shards.order import Cursor
 from raycnn.storage import Store
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG, IDENTITY, DATA, PICTURES = "config.yaml", "run.json", "data", "pictures"
 FIND_LR, FIND_LR_PLOT = "find_lr.json", "find_lr.png"
@@ -105,15 +108,15 @@ def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> Clai
     return Claim(lanes, Geometry(**identity["geometry"]) if identity.get("cached") else None)
 
 
-def claim(store: Store, config: TrainConfig, packed: PackedCollection, geometry: Geometry | None = None) -> Claim:
-    """Make the folder this run's, unless it is; what it is bound to then. Of two who try at once one decides.
+def claim(store: Store, config: TrainConfig, packed: PackedCollection, wanted: Claim) -> Claim:
+    """Make the folder this run's, unless it is; what it is bound to then. Of several who try at once one decides.
 
     Raises:
         ConfigError: the folder holds another run.
     """
-    identity = {"data_digest": packed.digest, "lanes": lanes_for(config.num_workers), "cached": geometry is not None}
-    if geometry is not None:
-        identity["geometry"] = geometry._asdict()
+    identity = {"data_digest": packed.digest, "lanes": wanted.lanes, "cached": wanted.geometry is not None}
+    if wanted.geometry is not None:
+        identity["geometry"] = wanted.geometry._asdict()
     content = to_yaml(config).encode()
     store.create(IDENTITY, (json.dumps(identity) + "\n").encode())
     store.create(CONFIG, content)
@@ -184,16 +187,18 @@ class Checkpoints:
             )
         return found
 
-    def load(self, marker: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def load(self, marker: dict[str, Any]) -> dict[str, "torch.Tensor"]:
         """The tensors of a whole checkpoint."""
+        from safetensors.torch import load
+
         content = self._bytes(marker)
         if content is None:
             raise StorageError(
                 f"{self._store.address(_tensors(marker['slot']))} was changed; is another run writing there?"
             )
-        return load_safetensors(content)
+        return load(content)
 
-    def save(self, tensors: dict[str, torch.Tensor], at: Cursor, accuracy_top1: float | None = None) -> None:
+    def save(self, tensors: dict[str, "torch.Tensor"], at: Cursor, accuracy_top1: float | None = None) -> None:
         """Write to the slot that is neither the last nor the best.
 
         Args:
@@ -201,9 +206,11 @@ class Checkpoints:
             at: The epoch that is done, with 0 steps; or the one of which so many steps are.
             accuracy_top1: On validation; None within an epoch that goes on.
         """
+        from safetensors.torch import save
+
         taken = {m["slot"] for m in (self.last(), self.best()) if m}
         slot = next(s for s in range(SLOTS) if s not in taken)
-        content = save_safetensors(tensors)
+        content = save(tensors)
         self._store.put(_tensors(slot), content)
         digest = hashlib.sha256(content).hexdigest()
         marker = {"slot": slot, **at._asdict(), "accuracy_top1": accuracy_top1, "sha256": digest}
@@ -274,7 +281,7 @@ class Saving:
         self._thread, self._last = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
         self._last.set_result(None)
 
-    def save(self, tensors: dict[str, torch.Tensor], at: Cursor, accuracy_top1: float | None = None) -> None:
+    def save(self, tensors: dict[str, "torch.Tensor"], at: Cursor, accuracy_top1: float | None = None) -> None:
         """As `Checkpoints.save`, once the one before is written; raises what that has failed with."""
         self._last.result()
         self._last = self._thread.submit(self.checkpoints.save, tensors, at, accuracy_top1)
@@ -334,6 +341,16 @@ class BadImages:
         if content != self._written:
             self._store.put(self.PATH, content)
             self._written = content
+
+
+def check_bad(bad: Mapping[str, int], rows: int, max_bad: float, listed: str) -> None:
+    """DataError if more of the training images are unreadable than are allowed; it says where they are listed."""
+    if (count := sum(bad.values())) > max_bad * rows:
+        words = ", ".join(f"{n} {status}" for status, n in sorted(bad.items()))
+        raise DataError(
+            f"{count} of {rows} training images cannot be read ({words}), more than --max-bad {max_bad:g}: "
+            f"see {listed}, mend them or raise it"
+        )
 
 
 def repeat_command(store: Store) -> str:

@@ -1,16 +1,25 @@
 """Ray Train as this project runs it: a user's mistake ends a run at once, and Ctrl-C is left alone."""
 
-from collections.abc import Callable
+import asyncio
+import asyncio.events
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray._common.network_utils import build_address  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import GetTimeoutError
+from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raycnn import data
@@ -18,14 +27,10 @@ from raycnn.config import TrainConfig
 from raycnn.errors import RaycnnError, StorageError, unwrap
 from raycnn.storage import scratch_folder
 
-ABORT_S = 5.0
-"""How long Ctrl-C waits for the workers to be stopped in good order."""
-KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""To glibc, where CPUs train: keep freed memory for the next step, which needs as much.
-
-Otherwise each step gives the system back its activations, and waits while it clears new pages for them. One arena,
-because those of threads other than the main one always give back what is free.
-"""
+GROUP_TIMEOUT_S = 1800.0
+"""How long workers wait for one of them, whose images or checkpoint may be slow to come; NCCL's own limit is 600."""
+PART_S = 5.0
+"""How long workers may take to leave their process group, before they are ended anyway."""
 RESIZE_S = 60.0
 """Between two looks whether there is room for more workers, which begin at the last checkpoint."""
 
@@ -41,37 +46,144 @@ class Policy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-class _Trainer(TorchTrainer):
-    controller: Any = None
+class _ProcessGroup(Backend):
+    """As Ray Train's backend for torch, which is not needed here: to import it takes seconds."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Bring the workers together, each in its own process group of torch."""
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        ray.get(worker_group.execute_async(_join, build_address(address, port)))
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Part them."""
+        with suppress(GetTimeoutError):
+            ray.get(worker_group.execute_async(_part), timeout=PART_S)
+
+
+class _Torch(BackendConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ProcessGroup
+
+
+def _join(address: str) -> None:
+    import ray.train
+    from ray.train.torch import get_device
+    from torch import distributed
+
+    context = ray.train.get_context()
+    distributed.init_process_group(
+        "nccl" if get_device().type == "cuda" else "gloo",
+        init_method=f"tcp://{address}",
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+    )
+
+
+def _part() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class _WorkerGroup(WorkerGroup):
+    """Workers whose controller is no actor that they could ask for checkpoints: they never do."""
+
+    _reserved: Any = None
+
+    def _create_placement_group(self, *arguments: Any, **named: Any) -> Any:
+        self._reserved = super()._create_placement_group(*arguments, **named)
+        return self._reserved
+
+    def _start(self) -> None:
+        """As it is; but Ctrl-C, too, gives back what is reserved, for which the process may go on and train again."""
+        try:
+            super()._start()
+        except KeyboardInterrupt:
+            if self._reserved is not None:
+                self._reserved.shutdown()
+            raise
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        begun = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[i] for name, values in train_context_args.items()},
+            )
+            for i, worker in enumerate(workers)
+        ]
+        ray.get(begun)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
+
+    def __init__(self, **arguments: Any) -> None:
+        """Without the actor that watches for notices of preemption where nobody gives any: in a Ray of our own."""
+        super().__init__(**arguments)
+        if data.is_own_cluster():
+            found = self._worker_group_callbacks_to_propagate
+            found[:] = [one for one in found if not isinstance(one, PreemptionCallback)]
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray Train's, whose controller runs here: an actor of its own would take seconds to start."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         policy = Policy(self.run_config.failure_config or FailureConfig())
-        return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
+        controller = _Controller(**arguments | {"failure_policy": policy})
+        _complete(controller)
+        return controller.get_result()
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without two actors, each of which takes seconds to start.
+        """Without two actors, each of which takes seconds to start, and without the state of runs that are actors.
 
         One splits datasets among workers: ours read the data by themselves, in our own order. The other frees what a
         dead controller has reserved: ours does not outlive the driver, with whose end Ray frees it.
         """
-        left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
+        left_out = (DatasetsCallback, PlacementGroupCleanerCallback, StateManagerCallback)
         return [one for one in super()._create_default_callbacks() if not isinstance(one, left_out)]
 
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray Train's handler ends the process with its own exit code, and stays in place."""
-        self.controller = controller
+
+def _complete(controller: TrainController) -> None:
+    """Run it to its end, also where a notebook's event loop calls; Ctrl-C stops the workers in good order.
+
+    `asyncio.run` would keep Ctrl-C from Ray's calls, which wait for long.
+    """
+    outer, loop = asyncio.events._get_running_loop(), asyncio.new_event_loop()
+    asyncio.events._set_running_loop(None)
+    try:
+        loop.run_until_complete(controller.run())
+    except KeyboardInterrupt:
+        with suppress(Exception):  # the cluster may be what is going away
+            controller._controller_callback_manager.invoke_best_effort("before_controller_abort")
+            if (group := controller.get_worker_group()) is not None and group.has_started():
+                group.abort()
+        raise
+    finally:
+        loop.close()
+        asyncio.events._set_running_loop(outer)
 
 
-def launch(
-    work: Callable[[dict[str, Any]], None], arguments: dict[str, Any], config: TrainConfig, plan: data.TrainPlan
-) -> None:
-    """Run `work(arguments)` on every training worker, to its end."""
+def launch(arguments: dict[str, Any], config: TrainConfig, plan: data.TrainPlan) -> None:
+    """Run `raycnn.training.rank.work(arguments)` on every training worker, to its end."""
     workers = (config.min_workers, config.num_workers) if config.min_workers else config.num_workers
     per_worker = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
     with scratch_folder() as scratch:
         trainer = _Trainer(
-            work,
+            _work,
             train_loop_config=arguments,
+            backend_config=_Torch(),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=plan.worker_gpus > 0,
@@ -83,14 +195,14 @@ def launch(
                 storage_path=str(scratch),
                 name="run",
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                worker_runtime_env={} if plan.worker_gpus else {"env_vars": KEEP_MEMORY},
+                worker_runtime_env={"env_vars": plan.environment},
+                logging_config=LoggingConfig("CRITICAL"),  # here; what fails is raised, and Ray's own files have it all
             ),
         )
-        try:
-            trainer.fit()
-        except KeyboardInterrupt:
-            if trainer.controller is not None:
-                # A controller that is still starting does not answer for long; it dies with this process anyway.
-                with suppress(RayActorError, GetTimeoutError):
-                    ray.get(trainer.controller.abort.remote(), timeout=ABORT_S)
-            raise
+        trainer.fit()
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    from raycnn.training.rank import work
+
+    work(arguments)

@@ -15,7 +15,7 @@ import torch
 from raycnn import bundle as bundles
 from raycnn import data, images, loop
 from raycnn.config import ImageSpec, TrainConfig, make
-from raycnn.errors import Bad, DataError, Status
+from raycnn.errors import Bad, ConfigError, Status, StorageError
 from raycnn.metrics import Metrics
 from raycnn.models import Classifier, build
 from raycnn.shards import PackedCollection, open_collection
@@ -28,9 +28,12 @@ from raycnn.training.folder import (
     PICTURES,
     BadImages,
     Checkpoints,
+    Claim,
     History,
     Saving,
     TensorBoard,
+    check_bad,
+    claim,
     cut_at,
     ended,
     resume_at,
@@ -53,48 +56,31 @@ _Batches = Iterator[tuple[loop.Batch, data.FeedBatch]]
 """As `Samples.batches` gives them."""
 
 
-def check_bad(bad: Mapping[str, int], rows: int, max_bad: float, listed: str) -> None:
-    """DataError if more of the training images are unreadable than are allowed; it says where they are listed."""
-    if (count := sum(bad.values())) > max_bad * rows:
-        words = ", ".join(f"{n} {status}" for status, n in sorted(bad.items()))
-        raise DataError(
-            f"{count} of {rows} training images cannot be read ({words}), more than --max-bad {max_bad:g}: "
-            f"see {listed}, mend them or raise it"
-        )
-
-
 def work(arguments: dict[str, Any]) -> None:
     """Train as one of Ray Train's workers; of all of them the first writes what the run leaves."""
     import ray.train
-    from ray.train.torch import get_device, prepare_model
+    from ray.train.torch import get_device
 
     config = make(TrainConfig, arguments["config"])
     plan = data.TrainPlan(**arguments["plan"])
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(plan.threads)
+    else:
+        torch.cuda.set_device(device)
     with data.user_errors():
         packed = open_collection(arguments["data"])
         assert isinstance(packed, PackedCollection)
         spec = ImageSpec(**arguments["spec"])
-        classifier = build(config.model, len(packed.class_names), spec, config.weights, seed=config.seed)
-        classifier = classifier.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if config.freeze:
-            classifier.freeze()
-        if config.compile:
-            classifier.compile()
+        bound = Claim(arguments["lanes"], arguments["geometry"] and data.Geometry(*arguments["geometry"]))
         board, context = arguments["board"], ray.train.get_context()
-        geometry = arguments["geometry"] and data.Geometry(*arguments["geometry"])
         say = functools.partial(_note, board) if context.get_local_rank() == 0 else _say_nothing
-        samples = Samples(config, packed, spec, plan, arguments["lanes"], geometry, say)
-        per_class, steps = packed.counts("train"), samples.steps * config.epochs
-        counts = [per_class.get(name, 0) for name in packed.class_names]
-        trainer = loop.Trainer(classifier, config, steps, prepare_model(classifier), counts)
-        run = _Run(config, packed, samples, trainer, board)
+        samples = Samples(config, packed, spec, plan, bound, say)
+        run = _Run(config, packed, samples, device, board)
         if config.find_lr:
             run.find_rate()
         else:
-            run.train()
+            classifier = run.train()
             if loop.rank() == 0:
                 hand_over(config, packed, classifier)
     ray.train.report({})
@@ -103,35 +89,43 @@ def work(arguments: dict[str, Any]) -> None:
 class _Run:
     """One rank of a run, over all its epochs."""
 
+    _trainer: loop.Trainer
+    _began: float
+
     def __init__(
-        self, config: TrainConfig, packed: PackedCollection, samples: Samples, trainer: loop.Trainer, board: Any
+        self, config: TrainConfig, packed: PackedCollection, samples: Samples, device: torch.device, board: Any
     ) -> None:
         self._rank, self._config, self._packed, self._board = loop.rank(), config, packed, board
-        self._samples, self._trainer = samples, trainer
+        self._samples, self._device = samples, device
         self._store = open_store(config.run)
         self._steps, self._rows = samples.steps, samples.rows
         self._last_post = self._last_look = 0.0
-        self._began = time.perf_counter()
         self._first_step_at: float | None = None
         self._leaving: set[str] = set()
 
     def find_rate(self) -> None:
         """Leave a range test of learning rates in the run folder, and nothing else."""
-        batches = (batch for batch, _ in self._samples.batches(Cursor(0, 0), self._trainer.device))
-        found = loop.range_test(self._trainer, batches, min(FIND_LR_STEPS, self._steps * self._config.epochs))
+        batches = self._samples.batches(Cursor(0, 0), self._device)
+        self._make_model()
+        steps = min(FIND_LR_STEPS, self._steps * self._config.epochs)
+        found = loop.range_test(self._trainer, (batch for batch, _ in batches), steps)
         if self._rank == 0:
             self._store.put(FIND_LR_PLOT, find_lr_picture(*found))
             self._store.put(FIND_LR, json.dumps(found._asdict()).encode())
 
-    def train(self) -> None:
+    def train(self) -> Classifier:
         """Run the epochs that are left."""
         with Saving(self._store) as saving:
             history, bad = History(self._store), BadImages(self._store)
-            first, counts = self._resume(saving.checkpoints, history)
+            first, marker = self._place(saving.checkpoints, history)
             history.cut(first.epoch)
-            batches = self._samples.batches(first, self._trainer.device)
+            is_over = self._is_over(history)
+            batches = iter(()) if is_over else self._samples.batches(first, self._device)
+            classifier = self._make_model()  # while the first images are decoded
+            self._claim(is_new=first == (0, 0))
+            counts = self._restored(first, marker, saving.checkpoints)
             with TensorBoard(self._store, self._rank == 0, first.epoch * self._steps) as board:
-                while not self._is_over(history):
+                while not is_over:
                     tally = _Tally(counts)
                     line = self._epoch(first, tally, batches, saving, bad)
                     metrics = self._evaluated(line)
@@ -143,14 +137,49 @@ class _Run:
                         saving.save(state, Cursor(first.epoch, steps), metrics.accuracy_top1)
                         self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
                     first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
+                    is_over = self._is_over(history)
+        return classifier
+
+    def _make_model(self) -> Classifier:
+        """The model, and what trains it; the time of training is counted from here."""
+        from ray.train.torch import prepare_model
+
+        config, names = self._config, self._packed.class_names
+        classifier = build(config.model, len(names), self._samples.spec, config.weights, seed=config.seed)
+        classifier = classifier.to(self._device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if config.freeze:
+            classifier.freeze()
+        if config.compile:
+            classifier.compile()
+        per_class, steps = self._packed.counts("train"), self._steps * config.epochs
+        counts = [per_class.get(name, 0) for name in names]
+        self._trainer = loop.Trainer(classifier, config, steps, prepare_model(classifier), counts)
+        self._began = time.perf_counter()
+        return classifier
+
+    def _claim(self, *, is_new: bool) -> None:
+        """Make the folder this run's, now that its model could be made.
+
+        Raises:
+            ConfigError: another run has begun there since this one's driver looked, or a new one cannot.
+        """
+        wanted = self._samples.claim
+        try:
+            found = claim(self._store, self._config, self._packed, wanted)
+        except StorageError as error:
+            if is_new:
+                raise ConfigError(str(error)) from None  # which Ray Train does not try again
+            raise
+        if found != wanted:
+            raise ConfigError(f"{self._store.address()}: another run has just begun there; use another run folder")
 
     def _is_over(self, history: History) -> bool:
         """As rank 0 has it, whose history is whole."""
         is_over = self._rank == 0 and ended(self._config, history.lines) is not None
         return bool(self._sum([float(is_over)])[0])
 
-    def _resume(self, checkpoints: Checkpoints, history: History) -> tuple[Cursor, list[float]]:
-        """Load the checkpoint that rank 0 finds, so that all ranks go on from one; where, and what it had counted."""
+    def _place(self, checkpoints: Checkpoints, history: History) -> tuple[Cursor, dict[str, Any] | None]:
+        """Where the run goes on: after the checkpoint that rank 0 finds, whose marker it has; the same on all ranks."""
         last = checkpoints.last() if self._rank == 0 else None
         first = resume_at(last)
         if last is not None and ended(self._config, history.lines[: first.epoch]) is None:
@@ -159,15 +188,17 @@ class _Run:
             names = ", ".join(checkpoints.torn)
             where = f"epoch {first.epoch + 1}, step {first.step + 1}" if last else "the beginning"
             self._post({"kind": "note", "text": f"torn or altered, and not used: {names}; going on from {where}"})
-        first = Cursor(*map(int, self._sum(list(map(float, first)))))
-        counts = list(NO_COUNTS)
-        if first > (0, 0):
-            tensors = checkpoints.load(last or checkpoints.at(first))
-            if first.step and self._rank == 0:  # they are those of all ranks
-                counts = tensors[COUNTS].tolist()
-            self._trainer.restore(tensors)
-            self._began -= float(tensors[ELAPSED])
-        return first, counts
+        return Cursor(*map(int, self._sum(list(map(float, first))))), last
+
+    def _restored(self, first: Cursor, marker: dict[str, Any] | None, checkpoints: Checkpoints) -> list[float]:
+        """What the epoch had counted until then; the trainer goes on as it was."""
+        if first == (0, 0):
+            return list(NO_COUNTS)
+        tensors = checkpoints.load(marker or checkpoints.at(first))
+        self._trainer.restore(tensors)
+        self._began -= float(tensors[ELAPSED])
+        is_counted = first.step and self._rank == 0  # they are those of all ranks
+        return tensors[COUNTS].tolist() if is_counted else list(NO_COUNTS)
 
     def _state(self, counts: list[float]) -> dict[str, torch.Tensor]:
         more = {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64), COUNTS: torch.tensor(counts)}
@@ -294,7 +325,7 @@ class _Run:
 
     def _sum(self, values: list[float]) -> list[float]:
         """Each value added up over the ranks."""
-        return loop.summed(values, self._trainer.device)
+        return loop.summed(values, self._device)
 
     def _post_step(self, epoch: int, step: int, tally: "_Tally") -> None:
         now = time.perf_counter()

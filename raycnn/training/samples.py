@@ -23,6 +23,7 @@ from raycnn.shards.order import (
     step_counts,
     steps_per_epoch,
 )
+from raycnn.training.folder import Claim
 
 PIECE_BYTES = 96 * MIB
 """Most pixels that a decode task makes at a time. Ray Data cuts what exceeds 128 MiB into blocks, and a task that
@@ -49,8 +50,7 @@ class Samples:
         packed: PackedCollection,
         spec: ImageSpec,
         plan: data.TrainPlan,
-        lanes: int,
-        geometry: data.Geometry | None,
+        claim: Claim,
         say: Callable[[str], None],
     ) -> None:
         """Plan what this rank reads.
@@ -60,14 +60,13 @@ class Samples:
             packed: The data.
             spec: The model's input.
             plan: What decode tasks may use.
-            lanes: Of the run; a rank owns whole ones.
-            geometry: How decoded images are kept; None where the run keeps none.
+            claim: The run's lanes, of which a rank owns whole ones, and how it keeps decoded images.
             say: Is told why no more can be kept on this node.
         """
-        self._config, self._packed, self._spec, self._plan = config, packed, spec, plan
-        self._lanes, self._geometry, self._say = lanes, geometry, say
+        self._config, self._packed, self._plan, self.spec = config, packed, plan, spec
+        self.claim, self._say = claim, say
         self._rank, self._world = loop.rank(), loop.world_size()
-        self._owned = [lane for lane in range(lanes) if lane % self._world == self._rank]
+        self._owned = [lane for lane in range(self.claim.lanes) if lane % self._world == self._rank]
         self._groups = list(packed.select("train", Counter()))
         self.rows = sum(g.rows for g in self._groups)
         """Of the training split, over all ranks."""
@@ -76,7 +75,7 @@ class Samples:
         self._val: list[loop.Batch] | None = None
 
     def batches(self, first: Cursor, device: torch.device) -> Iterator[tuple[loop.Batch, data.FeedBatch]]:
-        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread.
+        """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread from now.
 
         Each as tensors, for which a GPU that is the `device` need not wait, and as what they were made of.
         """
@@ -85,24 +84,23 @@ class Samples:
         return data.read_ahead(made, BATCHES_AHEAD)
 
     def _made_batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
-        c, geometry = self._config, self._geometry
+        c, geometry = self._config, self.claim.geometry
         starts = [first, *(Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))]
         cache = None if geometry is None else self._cache(geometry)
-        epochs = map(
-            self._pieces, starts, itertools.chain([max(HEAD_ROWS, c.batch_size // self._lanes)], itertools.repeat(0))
-        )
+        head = max(HEAD_ROWS, c.batch_size // self.claim.lanes)
+        epochs = map(self._pieces, starts, itertools.chain([head], itertools.repeat(0)))
         if cache is None:
             # What is decoded anyway is best decoded without a pause between epochs.
             epochs = iter([itertools.chain.from_iterable(epochs)])
         arguments = self._decode_arguments() | {"seed": c.seed, "crop_scale": c.crop_scale, "geometry": geometry}
         blocks = (block for pieces in epochs for block in self._stream(pieces, arguments, cache))
-        buffers = data.LaneBuffers(blocks, self._spec, cache)
+        buffers = data.LaneBuffers(blocks, self.spec, cache)
         has_boxes = geometry is None or (not geometry.short and c.crop_scale == 1)
         for start in starts:
-            rows = first_rows(self.rows, c.batch_size, self._lanes, self._owned, start.step)
+            rows = first_rows(self.rows, c.batch_size, self.claim.lanes, self._owned, start.step)
             buffers.begin(start.epoch, rows)
             for step in range(start.step, self.steps):
-                counts = step_counts(self.rows, c.batch_size, self._lanes, self._owned, step)
+                counts = step_counts(self.rows, c.batch_size, self.claim.lanes, self._owned, step)
                 taken = buffers.take(list(counts))
                 yield taken._replace(sizes=None) if has_boxes else taken
 
@@ -114,7 +112,7 @@ class Samples:
             visits = copies(self._labels, c.seed, start.epoch)
         visited = [g._replace(rows=int(n.sum())) for g, n in zip(self._groups, visits, strict=True)]
         for piece in epoch_pieces(
-            visited, c.seed, start, c.batch_size, self._lanes, self._owned, self._most_rows(), head
+            visited, c.seed, start, c.batch_size, self.claim.lanes, self._owned, self._most_rows(), head
         ):
             made = piece._asdict() | {"slice": list(self._groups[piece.group]), "row": positions[piece.group]}
             yield made | (_repeated(piece, visits[piece.group], c.seed) if c.imbalance == "sampler" else {})
@@ -125,8 +123,8 @@ class Samples:
 
     def _most_rows(self) -> int:
         """That one task may decode, of the training or of the validation split."""
-        sizes = [self._spec.height * self._spec.width * self._spec.channels]
-        sizes += [self._geometry.slot_bytes] if self._geometry else []
+        sizes = [self.spec.height * self.spec.width * self.spec.channels]
+        sizes += [self.claim.geometry.slot_bytes] if self.claim.geometry else []
         return max(1, min(PIECE_ROWS, PIECE_BYTES // max(sizes)))
 
     def _cache(self, geometry: data.Geometry) -> data.Cache | None:
@@ -146,7 +144,7 @@ class Samples:
             size = min(2 * size, most)
 
     def _decode_arguments(self) -> dict[str, Any]:
-        spec = self._spec.model_dump(mode="json")
+        spec = self.spec.model_dump(mode="json")
         return {"url": self._packed.store.url, "digest": self._packed.digest, "spec": spec}
 
     def validation(self) -> Iterator[loop.Batch]:
@@ -157,13 +155,13 @@ class Samples:
         groups = list(self._packed.select("val", Counter()))
         rows = sum(g.rows for g in groups)
         low, high = self._rank * rows // self._world, (self._rank + 1) * rows // self._world
-        size = (high - low) * self._spec.height * self._spec.width * self._spec.channels
+        size = (high - low) * self.spec.height * self.spec.width * self.spec.channels
         kept: list[loop.Batch] | None = [] if size <= VAL_CACHE_BYTES else None
         pieces = data.row_ranges(groups, low, high, self._most_rows())
         for block in self._stream(pieces, self._decode_arguments()):
             for at in range(0, len(block["label"]), self._config.batch_size):
                 part = {k: v[at : at + self._config.batch_size] for k, v in block.items()}
-                batch = to_torch(data.join([part], self._spec))
+                batch = to_torch(data.join([part], self.spec))
                 if kept is not None:
                     kept.append(batch)
                 yield batch

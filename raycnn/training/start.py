@@ -1,26 +1,13 @@
-"""The driver's part of a run: checks before any work, the plan, Ray Train, and the report."""
+"""The driver's part of a run: checks before any work, the plan, Ray Train, and the report; without torch."""
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from raycnn import data
 from raycnn.config import GIB, ImageSpec, PackConfig, TrainConfig, make
 from raycnn.errors import ConfigError, DataError, Status, StorageError
-from raycnn.models import (
-    GRAY_MEAN,
-    GRAY_STD,
-    blank,
-    channels_in,
-    check_name,
-    is_published_name,
-    load_weights,
-    published_spec,
-    require_file,
-    takes_size,
-)
 from raycnn.shards import UNREADABLE, Collection, PackedCollection, open_collection
 from raycnn.shards.order import lanes_for
 from raycnn.storage import Store, contains, open_store
@@ -31,17 +18,14 @@ from raycnn.training.folder import (
     Checkpoints,
     Claim,
     History,
+    check_bad,
     check_before_packing,
-    claim,
     claimed,
     ended,
     repeat_command,
     resume_at,
 )
-from raycnn.training.rank import check_bad, work
-
-SMALL_SIDE = 64
-"""Images that are all of one size up to this side are trained on as they are."""
+from raycnn.training.model_input import check_grows, image_spec
 
 
 @dataclass(frozen=True)
@@ -79,13 +63,13 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     """
     say = progress or (lambda event: None)
     config, store, packed, spec = _prepared(config, say)
-    found = claimed(store, config, packed)
-    _check_mixes(config, found.lanes if found else lanes_for(config.num_workers))
+    claim = claimed(store, config, packed) or _new_claim(config, packed, spec)
+    _check_mixes(config, claim.lanes)
     done = resume_at(Checkpoints(store).last()).epoch
     lines = History(store).lines[:done]
     if ended(config, lines) is None or _bundle_steps(store) < _steps(lines):
         _check_readable(config, packed)
-        _fit(config, packed, spec, say, lambda: claim(store, config, packed, _geometry(config, packed, spec)))
+        _fit(config, packed, spec, claim, say)
     return _report(store, done)
 
 
@@ -98,23 +82,24 @@ def find_rate(config: TrainConfig, progress: data.Progress | None = None) -> Rat
     """
     say = progress or (lambda event: None)
     config, store, packed, spec = _prepared(config, say)
-    _check_mixes(config, lanes_for(config.num_workers))
+    claim = _new_claim(config, packed, spec)
+    _check_mixes(config, claim.lanes)
     _check_readable(config, packed)
-    _fit(config, packed, spec, say, lambda: Claim(lanes_for(config.num_workers), _geometry(config, packed, spec)))
+    _fit(config, packed, spec, claim, say)
     found = json.loads(store.get(FIND_LR))
     return RateReport(found["suggestion"], len(found["rates"]), store.address(FIND_LR_PLOT))
 
 
 def _prepared(config: TrainConfig, say: data.Progress) -> tuple[TrainConfig, Store, PackedCollection, ImageSpec]:
-    """What is checked before any work: the run folder, the packed data, and the model's input."""
+    """What is checked before Ray starts: the run folder, the weights, the packed data, and the model's input."""
     if contains(config.data, config.run):
         raise ConfigError(f"the run folder {config.run} lies inside its data {config.data}; choose another")
-    config = _checked(config)
+    config = _with_weights(config)
     store = open_store(config.run)
     packed = _packed(config, store, say)
     _check_classes(packed, say)
     spec = image_spec(config, packed.manifest)
-    _check_grows(config, spec)
+    check_grows(config, spec)
     return config, store, packed, spec
 
 
@@ -138,24 +123,15 @@ def _report(store: Store, resumed_at: int) -> TrainReport:
     )
 
 
-def _checked(config: TrainConfig) -> TrainConfig:
-    """The configuration as workers need it. A model or a file that does not exist is said before any work."""
-    check_name(config.model)
-    if config.weights is None or is_published_name(config.weights):
+def _with_weights(config: TrainConfig) -> TrainConfig:
+    """The configuration with the weights' file as workers need it; one that does not exist is said before any work."""
+    if config.weights is None:
+        return config
+    from raycnn.models import is_published_name, require_file
+
+    if is_published_name(config.weights):
         return config
     return config.model_copy(update={"weights": require_file(config.weights)})
-
-
-def _check_grows(config: TrainConfig, spec: ImageSpec) -> None:
-    """Progressive resizing is for models that take images of any size."""
-    side = min(spec.height, spec.width)
-    if config.start_size > side:
-        raise ConfigError(f"start_size: {config.start_size} is more than the images' side of {side} px; choose less")
-    if config.start_size and not takes_size(config.model, spec, config.start_size):
-        raise ConfigError(
-            f"start_size: {config.model} takes images of {spec.height} x {spec.width} px only, so they cannot grow; "
-            "choose another model, or 0"
-        )
 
 
 def _check_mixes(config: TrainConfig, lanes: int) -> None:
@@ -175,7 +151,10 @@ def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedColl
         return collection
     _check_two_classes(collection)
     check_before_packing(store, config)
+    from raycnn.models import check_name
     from raycnn.packing import pack
+
+    check_name(config.model)  # packing takes long
 
     target = store.child(DATA).url
     say(
@@ -220,38 +199,6 @@ def _check_readable(config: TrainConfig, packed: PackedCollection) -> None:
     check_bad(bad, packed.rows("train"), config.max_bad, packed.store.address(UNREADABLE))
 
 
-def image_spec(config: TrainConfig, manifest: dict[str, Any]) -> ImageSpec:
-    """The model's input, from the data: small equal images as they are, others cropped to a square.
-
-    Raises:
-        DataError: no image can be read.
-    """
-    seen = manifest["images"]
-    if not seen["channels"]:
-        raise DataError("not one of the packed images can be read, so there is nothing to train on")
-    known = published_spec(config.model, config.weights) if config.weights else None
-    if _channels(config, seen) == 1:
-        colours: dict[str, Any] = {"channels": 1, "mean": GRAY_MEAN, "std": GRAY_STD}
-    else:
-        colours = (known or ImageSpec()).model_dump(include={"channels", "mean", "std"})
-    (low_h, high_h), (low_w, high_w) = seen["height"], seen["width"]
-    if config.image_size != "auto":
-        return ImageSpec(height=config.image_size, width=config.image_size, **colours)
-    if low_h == high_h and low_w == high_w and max(high_h, high_w) <= SMALL_SIDE:
-        return ImageSpec(height=high_h, width=high_w, crop=1.0, **colours)
-    return (known or ImageSpec()).model_copy(update=colours)
-
-
-def _channels(config: TrainConfig, seen: dict[str, Any]) -> int:
-    """1 or 3: those of the weights to start from, else those of the data, which are 1 only if all of it is gray."""
-    if config.weights is None:
-        return 1 if set(seen["channels"]) == {"1"} else 3
-    if is_published_name(config.weights):
-        return 3
-    state = load_weights(config.model, config.weights)
-    return channels_in(blank(config.model, 2, ImageSpec()), state)
-
-
 def _bundle_steps(store: Store) -> int:
     """How many steps the run had taken when it made its bundle; 0 where there is none yet."""
     if store.head("bundle/config.json") is None:
@@ -263,18 +210,17 @@ def _steps(lines: list[dict[str, Any]]) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def _geometry(config: TrainConfig, packed: PackedCollection, spec: ImageSpec) -> data.Geometry | None:
-    """How each node keeps the decoded training split, where the budget has room for all of it."""
+def _new_claim(config: TrainConfig, packed: PackedCollection, spec: ImageSpec) -> Claim:
+    """Each node keeps the decoded training split where the budget has room for all of it."""
     geometry = data.geometry_of(spec, packed.manifest["images"])
-    return geometry if packed.rows("train") * geometry.usual_bytes <= config.cache_gib * GIB else None
+    has_room = packed.rows("train") * geometry.usual_bytes <= config.cache_gib * GIB
+    return Claim(lanes_for(config.num_workers), geometry if has_room else None)
 
 
-def _fit(
-    config: TrainConfig, packed: PackedCollection, spec: ImageSpec, say: data.Progress, decide: Callable[[], Claim]
-) -> None:
+def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, claim: Claim, say: data.Progress) -> None:
     """Run Ray Train, once it is known that the cluster can; show what rank 0 posts while it runs."""
     data.connect(say)
-    _, limit = data.resources()
+    now, limit = data.resources()
     least = config.min_workers or config.num_workers
     use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= least)
     if config.min_workers:
@@ -284,17 +230,23 @@ def _fit(
     share = "a GPU" if use_gpu else f"{plan.threads} CPU threads"
     count = f"{config.min_workers} to {config.num_workers}" if config.min_workers else config.num_workers
     say({"kind": "note", "text": f"starting training workers: {count}, with {share} each"})
-    decided = decide()
-    data.start_coordinator()
+    if len(now.nodes) == 1:
+        data.warm_up(_decode_modules(claim), plan.tasks, 0, plan.environment)
     arguments = {
         "config": config.model_dump(mode="json"),
         "data": packed.store.url,
         "spec": spec.model_dump(mode="json"),
-        "lanes": decided.lanes,
-        "geometry": decided.geometry,
+        "lanes": claim.lanes,
+        "geometry": claim.geometry,
         "plan": plan._asdict(),
     }
     from raycnn.training.launch import launch
 
     with data.Board(say) as board, data.user_errors():
-        launch(work, arguments | {"board": board.actor}, config, plan)
+        launch(arguments | {"board": board.actor}, config, plan)
+
+
+def _decode_modules(claim: Claim) -> list[str]:
+    """What the tasks that decode import: torch is what resizes."""
+    resizes = claim.geometry is None or claim.geometry.short > 0
+    return ["raycnn.data.feed", *(["torch"] if resizes else [])]

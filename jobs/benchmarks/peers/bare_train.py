@@ -16,7 +16,7 @@ from raycnn.config import TrainConfig, make
 from raycnn.errors import Bad
 from raycnn.models import build
 from raycnn.shards import PackedCollection, open_collection
-from raycnn.training import image_spec
+from raycnn.training.model_input import image_spec
 
 
 class Loop(NamedTuple):
