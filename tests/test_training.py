@@ -1,5 +1,6 @@
 """Training on a real cluster: it learns, it resumes, and every worker takes the same steps."""
 
+import asyncio
 import io
 import json
 import subprocess
@@ -109,6 +110,13 @@ def test_a_model_that_nobody_knows_is_named_and_leaves_the_folder_free(packed, t
     with pytest.raises(ConfigError, match=r"unknown architecture 'resnet-18' .did you mean 'resnet18'"):
         train(config_of(packed, tmp_path / "run", model="resnet-18"))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_notebook_whose_event_loop_runs_can_train(packed, tmp_path):
+    async def cell() -> int:
+        return train(config_of(packed, tmp_path, epochs=1)).epochs
+
+    assert asyncio.run(cell()) == 1
 
 
 def test_a_torn_checkpoint_is_not_used(tmp_path):

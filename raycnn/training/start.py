@@ -220,7 +220,7 @@ def _new_claim(config: TrainConfig, packed: PackedCollection, spec: ImageSpec) -
 def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, claim: Claim, say: data.Progress) -> None:
     """Run Ray Train, once it is known that the cluster can; show what rank 0 posts while it runs."""
     data.connect(say)
-    now, limit = data.resources()
+    _, limit = data.resources()
     least = config.min_workers or config.num_workers
     use_gpu = config.device == "cuda" or (config.device == "auto" and limit.gpus >= least)
     if config.min_workers:
@@ -230,7 +230,7 @@ def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, claim: 
     share = "a GPU" if use_gpu else f"{plan.threads} CPU threads"
     count = f"{config.min_workers} to {config.num_workers}" if config.min_workers else config.num_workers
     say({"kind": "note", "text": f"starting training workers: {count}, with {share} each"})
-    if len(now.nodes) == 1:
+    if len(limit.nodes) == 1:  # of several nobody knows which will decode
         data.warm_up(_decode_modules(claim), plan.tasks, 0, plan.environment)
     arguments = {
         "config": config.model_dump(mode="json"),
