@@ -330,12 +330,13 @@ def test_learning_rates_are_tried_before_the_run_that_takes_one(packed, tmp_path
 
 
 def test_a_run_ends_when_its_time_is_up_and_its_schedule_with_it(packed, tmp_path):
-    config = config_of(packed, tmp_path, epochs=10_000, max_time="2s")
+    # Long enough that the last validation, in which time may run out with some rate left, is a small part of it.
+    config = config_of(packed, tmp_path, epochs=10_000, max_time="20s")
     report = train(config)
     lines = History(open_store(str(tmp_path))).lines
     assert report.epochs == len(lines) < 1000
-    assert lines[-1]["lr"] < 0.1 * config.learning_rate  # time may run out while it validates, with some rate left
-    assert lines[-1]["elapsed_s"] > 2
+    assert lines[-1]["lr"] < 1e-3 * config.learning_rate
+    assert lines[-1]["elapsed_s"] > 20
     assert train(config).resumed_at_epoch == report.epochs  # it has ended, and stays so
 
 

@@ -1,7 +1,6 @@
 """Ray Train as this project runs it: a user's mistake ends a run at once, and Ctrl-C is left alone."""
 
 import asyncio
-import asyncio.events
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any

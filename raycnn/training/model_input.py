@@ -53,13 +53,13 @@ def _channels(config: TrainConfig, seen: dict[str, Any]) -> int:
 
 def check_grows(config: TrainConfig, spec: ImageSpec) -> None:
     """Progressive resizing is for models that take images of any size."""
+    side = min(spec.height, spec.width)
+    if config.start_size > side:
+        raise ConfigError(f"start_size: {config.start_size} is more than the images' side of {side} px; choose less")
     if not config.start_size:
         return
     from raycnn.models import takes_size
 
-    side = min(spec.height, spec.width)
-    if config.start_size > side:
-        raise ConfigError(f"start_size: {config.start_size} is more than the images' side of {side} px; choose less")
     if not takes_size(config.model, spec, config.start_size):
         raise ConfigError(
             f"start_size: {config.model} takes images of {spec.height} x {spec.width} px only, so they cannot grow; "

@@ -28,7 +28,6 @@ from raycnn.training.folder import (
     PICTURES,
     BadImages,
     Checkpoints,
-    Claim,
     History,
     Saving,
     TensorBoard,
@@ -72,10 +71,9 @@ def work(arguments: dict[str, Any]) -> None:
         packed = open_collection(arguments["data"])
         assert isinstance(packed, PackedCollection)
         spec = ImageSpec(**arguments["spec"])
-        bound = Claim(arguments["lanes"], arguments["geometry"] and data.Geometry(*arguments["geometry"]))
         board, context = arguments["board"], ray.train.get_context()
         say = functools.partial(_note, board) if context.get_local_rank() == 0 else _say_nothing
-        samples = Samples(config, packed, spec, plan, bound, say)
+        samples = Samples(config, packed, spec, plan, arguments["claim"], say)
         run = _Run(config, packed, samples, device, board)
         if config.find_lr:
             run.find_rate()

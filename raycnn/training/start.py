@@ -155,7 +155,6 @@ def _packed(config: TrainConfig, store: Store, say: data.Progress) -> PackedColl
     from raycnn.packing import pack
 
     check_name(config.model)  # packing takes long
-
     target = store.child(DATA).url
     say(
         {
@@ -236,8 +235,7 @@ def _fit(config: TrainConfig, packed: PackedCollection, spec: ImageSpec, claim: 
         "config": config.model_dump(mode="json"),
         "data": packed.store.url,
         "spec": spec.model_dump(mode="json"),
-        "lanes": claim.lanes,
-        "geometry": claim.geometry,
+        "claim": claim,
         "plan": plan._asdict(),
     }
     from raycnn.training.launch import launch
