@@ -38,7 +38,6 @@ settings.load_profile("shared")
 LEAN_RAY = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_niceness": "0",

@@ -3,8 +3,12 @@
 `jobs/bench.py resume` does more of it.
 """
 
+import json
+import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +61,56 @@ def test_a_run_goes_on_with_another_number_of_workers_and_each_sample_once(resum
     assert run.is_exact()
 
 
-def test_an_elastic_run_that_loses_a_node_goes_on_with_the_workers_that_are_left(
-    resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    run, kill = resume.Run(tmp_path / "run", packed), resume.Kill("raylet", 1, 700)
-    for name, value in run.environment(kill).items():  # that of the nodes is that of their workers
-        monkeypatch.setenv(name, value)
+@contextmanager
+def nodes_of_one_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two of them, where commands then run."""
     from benchmarks.kills import Nodes
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # whose name is short, as sockets need it
         nodes = Nodes(folder)
         try:
             monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-            assert run.train(2, kill, min_workers=1)
+            yield nodes
         finally:
             nodes.stop()
+
+
+def test_an_elastic_run_that_loses_a_node_goes_on_with_the_workers_that_are_left(
+    resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, kill = resume.Run(tmp_path / "run", packed), resume.Kill("raylet", 1, 700)
+    for name, value in run.environment(kill).items():  # that of the nodes is that of their workers
+        monkeypatch.setenv(name, value)
+    with nodes_of_one_cpu(monkeypatch):
+        assert run.train(2, kill, min_workers=1)
     assert run.is_exact()
+
+
+def wait(what: Callable[[], object]) -> None:
+    until = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_run_writes_a_checkpoint_when_one_of_its_nodes_is_about_to_be_taken_away(
+    resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    slots = tmp_path / "checkpoints"
+
+    def is_saved_within_an_epoch() -> bool:
+        return any(json.loads(slot.read_text())["accuracy_top1"] is None for slot in slots.glob("slot-*.json"))
+
+    with nodes_of_one_cpu(monkeypatch) as nodes, (tmp_path / "log").open("w") as log:
+        options = "--num-workers 2 --min-workers 1 --epochs 1000 --batch-size 4 --checkpoint-every 1000000"
+        command = [resume.RAYCNN, "train", packed, str(tmp_path), *options.split()]
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            wait((tmp_path / "metrics.jsonl").exists)
+            assert not is_saved_within_an_epoch()
+            nodes.drain("RayTrainWorker")
+            wait(is_saved_within_an_epoch)
+        finally:
+            driver.kill()
+            driver.wait()
+    assert "core_worker.cc" not in (tmp_path / "log").read_text()

@@ -166,6 +166,8 @@ def test_more_time_goes_on_within_the_epoch_that_less_time_has_cut(packed, tmp_p
     assert (report.epochs, second["step"]) == (2, 2 * first["step"])
     assert first["skipped"] == second["skipped"] != {}  # each of them sees each image once
     assert "cut" not in first
+    events = [file.read_bytes() for file in (tmp_path / "tensorboard").iterdir()]
+    assert [b"training images" in content for content in events] == [True, True]  # the second hides the first
 
 
 def test_the_sampler_leaves_out_what_cannot_be_read(packed, tmp_path):

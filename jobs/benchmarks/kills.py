@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,14 @@ class Nodes:
         """The node of a process ends in good order."""
         raylet = chaos.raylet_of(pid)
         self._cluster.remove_node(next(node for node in self._cluster.worker_nodes if _pid(node) == raylet))
+
+    def drain(self, actor: str) -> None:
+        """Give notice that a node with such an actor will be taken away, as a cloud does of a spot instance."""
+        nodes = {node: psutil.Process(_pid(node)).children(recursive=True) for node in self._cluster.worker_nodes}
+        node = next(node for node, family in nodes.items() if any(actor in " ".join(p.cmdline()) for p in family))
+        where = ["--address", self.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "300"]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "preemption"]
+        subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *where, *why], check=True)
 
     def settle(self) -> None:
         """The nodes that belong here, and no others."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from benchmarks.measuring import encode
+from benchmarks.measuring import RAYCNN, encode
 from raycnn.config import MIB, ImageSpec
 from raycnn.ledger import Growth, Ledger, Plan, label_ledger, new_slices, plan_path
 from raycnn.s3local import S3Server
@@ -44,7 +44,6 @@ DISTINCT = 5000
 """Different images; the files hold them over and over."""
 FILE_ROWS, GROUP_ROWS = 100_000, 2000
 SAMPLE_S = 0.5
-RAYCNN = str(Path(sys.executable).with_name("raycnn"))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -96,13 +96,6 @@ def is_connected() -> bool:
     return ray.is_initialized()
 
 
-def is_own_cluster() -> bool:
-    """Whether this process has started the cluster that it is connected to, which ends with it."""
-    from ray._private.worker import _global_node
-
-    return _global_node is not None and _global_node.is_head()
-
-
 @contextmanager
 def session() -> Iterator[None]:
     """Disconnect at the end, which ends a cluster that was started inside; not from one that was there before."""
@@ -269,7 +262,14 @@ def _placed(cause: RaycnnError) -> RaycnnError:
     """A worker's trouble with the store says that it is a worker's: this process may have other credentials."""
     import ray
 
-    if type(cause) is not StorageError or not is_connected() or is_own_cluster():
+    if type(cause) is not StorageError or not is_connected() or _is_own_cluster():
         return cause
     where = f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
     return StorageError(f"{cause} (on a node of {where}: it has the environment in which Ray was started there)")
+
+
+def _is_own_cluster() -> bool:
+    """Whether this process has started the cluster that it is connected to, which ends with it."""
+    from ray._private.worker import _global_node
+
+    return _global_node is not None and _global_node.is_head()

@@ -1,6 +1,7 @@
 """Ray Train as this project runs it: a user's mistake ends a run at once, and Ctrl-C is left alone."""
 
 import asyncio
+from collections import defaultdict
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallb
 from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -124,15 +126,35 @@ class _WorkerGroup(WorkerGroup):
         self._decorate_worker_log_file_paths(workers)
 
 
+class _Notices(PreemptionCallback):
+    """Notices of preemption, watched for in this process: another actor would take seconds to start."""
+
+    _watcher: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watch the nodes of these workers, and tell each of them which are about to be taken away."""
+        self._stop_watcher()
+        ranks, workers = defaultdict[str, list[int]](list), dict[int, Any]()
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            ranks[worker.metadata.node_id].append(rank)
+            workers[rank] = worker.actor
+        self._watcher = PreemptionWatcher(dict(ranks), self._poll_interval_s, workers)
+
+    def _stop_watcher(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()
+            self._watcher = None
+
+
 class _Controller(TrainController):
     worker_group_cls = _WorkerGroup
 
     def __init__(self, **arguments: Any) -> None:
-        """Without the actor that watches for notices of preemption where nobody gives any: in a Ray of our own."""
+        """With our own watch for notices of preemption."""
         super().__init__(**arguments)
-        if data.is_own_cluster():
-            found = self._worker_group_callbacks_to_propagate
-            found[:] = [one for one in found if not isinstance(one, PreemptionCallback)]
+        found = self._worker_group_callbacks_to_propagate
+        found[:] = [_Notices() if isinstance(one, PreemptionCallback) else one for one in found]
 
 
 class _Trainer(DataParallelTrainer):

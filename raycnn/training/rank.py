@@ -238,8 +238,8 @@ class _Run:
         at = first.epoch * self._steps + first.step
         for step in range(first.step, self._steps):
             batch, taken = next(batches)
-            if at == 0 and self._rank == 0:
-                tally.shown = trainer.prepared(batch, 0, 0, 0.0)[0].round().byte().cpu().numpy()
+            if tally.shown is None and first.epoch == 0 and self._rank == 0:
+                tally.shown = trainer.prepared(batch, at, 0, 0.0)[0].round().byte().cpu().numpy()
             done = trainer.step(batch, at, first.epoch, self._told())
             self._first_step_at = self._first_step_at or time.time()
             at, share = at + 1, done.done
@@ -352,7 +352,7 @@ class _Tally:
         """As `counts`, over all ranks, when they were last added up."""
         self.failures: list[data.Failure] = []
         self.shown: npt.NDArray[np.uint8] | None = None
-        """The run's first batch, as the network is given it."""
+        """A batch of the run's first epoch, as the network is given it."""
 
     def add(self, done: loop.Step, taken: data.FeedBatch) -> None:
         """One step more."""
