@@ -75,6 +75,17 @@ def test_an_image_is_augmented_alike_in_any_batch(settings, channels):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_small_image_is_augmented_alike_beside_large_ones():
+    """CPUs resize small boxes and large ones differently."""
+    frames, keys, config = photos(24, 60, 90, 3), keys_for(24), configured(**GEOMETRY)
+    sizes = torch.tensor([[37 + i, 50 if i % 2 else 60 + i] for i in range(24)])
+    whole = augment(frames, keys, 0, config, (32, 32), sizes)
+    for rows in torch.arange(24).split([5, 6, 13]):
+        high, wide = sizes[rows].amax(0).tolist()
+        part = augment(frames[rows, :high, :wide], keys[rows], 0, config, (32, 32), sizes[rows])
+        assert torch.equal(part, whole[rows])
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_seed_epoch_and_key_each_change_what_is_drawn(settings):
     frames, sizes = photos(1, 20, 20, 3).expand(40, -1, -1, -1), torch.full((40, 2), 20)

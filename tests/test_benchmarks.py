@@ -95,7 +95,7 @@ def test_the_table_of_training_has_rates_ratios_and_the_accuracy_of_every_conten
     )
     assert "| classic, bare loop | 375 (250 to 500) | 750 (500 to 1000) |" in table
     assert "| classic, raycnn train | bare loop | first epoch | 0.90 (0.90 to 0.90) | 0.75 |" in table
-    assert "10.0 s with classic, raycnn train (at most 15)" in table
+    assert "| classic, raycnn train | 10.0 (9.0 to 11.0) | 15 |" in table
     assert "| fastai 2.8 | 91.00 ± 1.41% | 41,132 | 299 | 580 |" in table
 
 
@@ -133,6 +133,11 @@ def test_the_readme_has_the_tables_of_the_result_files(benchmark: str):
     start = f"<!-- {benchmark} benchmark -->\n"
     marked = re.findall(f"{start}(.*?){END}", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert marked == [table], f"README.md needs, between lines {start.strip()} and {END}:\n{table}"
+
+
+def test_the_readme_has_what_came_of_the_kills():
+    result = json.loads((RESULTS / "resume.json").read_text(encoding="utf-8"))
+    assert result["line"] in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def test_every_result_is_one_of_a_benchmark_that_can_be_run_again():

@@ -222,6 +222,21 @@ def test_what_a_power_failure_may_have_torn_does_not_count_and_what_is_whole_doe
         assert opened().holds(np.array(rows)) == is_whole
 
 
+def test_nodes_that_share_a_home_leave_each_other_what_they_have(home):
+    rows, said = [0, 1], []
+    first = opened()
+    first.keep(block_of(rows))
+    (index,) = home.glob("*/index")
+    with index.open("r+b") as file:
+        file.write(b"the start of another machine")
+    assert open_cache("a" * 64, WHOLE, 6, ROOM, said.append) is None
+    assert "in use by another node; set XDG_CACHE_HOME" in said[0]
+    assert first.holds(np.array(rows))
+    assert list(home.glob("*/index")) == [index]
+    first.close()
+    assert not opened().holds(np.array(rows))
+
+
 def test_data_that_was_not_used_for_longest_makes_room_and_data_in_use_stays(home):
     rows = [0, 1, 2, 3, 4, 5]
     for name in "abc":
@@ -237,6 +252,26 @@ def test_data_that_was_not_used_for_longest_makes_room_and_data_in_use_stays(hom
     opened("e" * 64, budget=6 * 64 + size)
     assert sorted(file.name[0] for file in home.iterdir()) == ["a", "e", "l"]
     assert used.holds(np.array(rows))
+
+
+def lane_block(ordinals: range) -> Block:
+    none = np.zeros(len(ordinals), np.int64)
+    return dict.fromkeys(("label", "key", "lane", "epoch"), none) | {"ordinal": np.array(ordinals)}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "reason"),
+    [
+        ([range(4), range(5, 9)], "lane 0: row 5 arrived out of the order of training"),
+        ([range(4), range(3, 9)], "lane 0: row 3 arrived out of the order of training"),
+        ([range(4)], "the stream of samples ended early"),
+    ],
+)
+def test_a_gap_in_the_order_stops_a_run(blocks, reason):
+    buffers = LaneBuffers(map(lane_block, blocks), SMALL)
+    buffers.begin(0, {0: 0})
+    with pytest.raises(RuntimeError, match=reason):
+        buffers.take([(0, 6)])
 
 
 @pytest.mark.parametrize("what", ["disk", "budget"])

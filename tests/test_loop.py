@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.multiprocessing.spawn import start_processes
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from raycnn import loop
@@ -327,6 +328,13 @@ def test_a_range_test_suggests_a_rate_at_which_the_loss_falls():
     assert len(loop.range_test(Trainer(classic(), config(), 100), gaps, 100).rates) <= 50
     with pytest.raises(DataError, match="needs at least 20 steps in an epoch, and had 5"):
         loop.range_test(Trainer(classic(), config(), 100), batches[:5], 100)
+
+
+def test_smoothed_labels_are_those_of_torch():
+    model, batch = classic(), images(16)
+    expected = cross_entropy(model(batch.pixels), batch.labels, label_smoothing=0.2, reduction="sum")
+    done = Trainer(model, config(label_smoothing=0.2), 10).step(batch, 0)
+    assert done.loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_time_of_a_step_is_told_apart():

@@ -49,8 +49,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_nobody_killed(resume: An
 def test_a_killed_run_that_shows_rare_classes_more_often_goes_on_alike(resume: Any, packed: str, tmp_path: Path):
     whole, killed = (resume.Run(tmp_path / name, packed) for name in "wk")
     assert whole.train(2, imbalance="sampler")
-    assert not killed.train(2, resume.Kill("driver", 1, 800), imbalance="sampler")
-    assert killed.train(2, imbalance="sampler")
+    assert killed.train(2, resume.Kill("worker", 1, 800), imbalance="sampler")  # another worker takes its place
     assert killed.digest() == whole.digest()
 
 
@@ -91,6 +90,25 @@ def wait(what: Callable[[], object]) -> None:
     while not what():
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_an_elastic_run_takes_more_workers_when_there_is_room(
+    resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with nodes_of_one_cpu(monkeypatch) as nodes, (tmp_path / "log").open("w") as log:
+        options = "--num-workers 3 --min-workers 1 --epochs 1000 --batch-size 16"
+        command = [resume.RAYCNN, "train", packed, str(tmp_path), *options.split()]
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            wait((tmp_path / "metrics.jsonl").exists)
+            assert nodes.count("RayTrainWorker") == 2
+            nodes.add()
+            wait(lambda: nodes.count("RayTrainWorker") == 3)
+            done = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+            wait(lambda: len((tmp_path / "metrics.jsonl").read_text().splitlines()) > done + 1)
+        finally:
+            driver.kill()
+            driver.wait()
 
 
 def test_a_run_writes_a_checkpoint_when_one_of_its_nodes_is_about_to_be_taken_away(

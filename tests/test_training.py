@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,19 @@ def test_more_unreadable_images_than_allowed_are_said_before_any_work(packed, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_more_unreadable_images_than_allowed_end_a_run_that_meets_them(packed, tmp_path):
+    copy = shutil.copytree(packed, tmp_path / "packed")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    train_split = manifest["splits"]["train"]
+    train_split["status"] = {"ok": sum(train_split["status"].values())}  # as if they had been damaged since
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    run = tmp_path / "run"
+    with pytest.raises(DataError, match=r"^4 of \d+ training images cannot be read .* see .*bad.jsonl, mend them"):
+        train(config_of(str(copy), run, num_workers=2, max_bad=0.01))
+    assert len((run / "bad.jsonl").read_text().splitlines()) == 4
+    assert not (run / "bundle").exists()
+
+
 def test_a_plan_that_cannot_run_leaves_no_run_folder(packed, tmp_path):
     with pytest.raises(ConfigError, match=r"9 workers share 2 CPUs, .* use --num-workers 8 or fewer"):
         train(config_of(packed, tmp_path / "run", num_workers=9))
@@ -364,17 +378,20 @@ def test_when_a_run_is_over(more, accuracies, over):
 
 
 def test_what_a_run_leaves_says_what_it_has_met_and_where_its_time_went(packed, tmp_path):
-    report = train(config_of(packed, tmp_path, epochs=2, flip=True, ema=0.9, mixup=0.2, max_bad=0.5))
+    more = {"flip": True, "ema": 0.9, "mixup": 0.2, "max_bad": 0.5}
+    report = train(config_of(packed, tmp_path, epochs=2, num_workers=2, **more))
     store = open_store(str(tmp_path))
     lines, bad = History(store).lines, [json.loads(line) for line in store.get("bad.jsonl").splitlines()]
     assert lines[0]["skipped"] == lines[1]["skipped"] == {"unsupported": len(bad)}
     assert all((line["status"], line["key"][:5]) == ("unsupported", "left/") for line in bad)
     for line in lines:
-        assert line["time"].keys() >= {"data", "forward", "backward", "optimizer", "validation"}
+        assert line["time"].keys() >= {"data", "forward", "backward", "all_reduce", "optimizer", "validation"}
         assert 0.99 < sum(line["time"].values()) < 1.01
+    assert lines[1]["time"]["checkpoint"] > 0  # that of the first epoch's end
     found, alone = (raycnn.evaluate(report.bundle, packed, split="train", flips=flips) for flips in (True, False))
     assert (found.accuracy_top1, found.loss, alone.with_flips) == (alone.accuracy_top1, alone.loss, None)
     assert found.with_flips["loss"] != found.loss
+    assert raycnn.evaluate(report.bundle, packed, split="val").accuracy_top1 == report.accuracy_top1
 
 
 def test_a_size_to_grow_from_is_refused_where_the_model_cannot(packed, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,10 +79,13 @@ class Nodes:
         raylet = chaos.raylet_of(pid)
         self._cluster.remove_node(next(node for node in self._cluster.worker_nodes if _pid(node) == raylet))
 
+    def count(self, actor: str) -> int:
+        """Processes of such actors, on all nodes."""
+        return sum(len(_running(actor, node)) for node in self._cluster.worker_nodes)
+
     def drain(self, actor: str) -> None:
         """Give notice that a node with such an actor will be taken away, as a cloud does of a spot instance."""
-        nodes = {node: psutil.Process(_pid(node)).children(recursive=True) for node in self._cluster.worker_nodes}
-        node = next(node for node, family in nodes.items() if any(actor in " ".join(p.cmdline()) for p in family))
+        node = next(node for node in self._cluster.worker_nodes if _running(actor, node))
         where = ["--address", self.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "300"]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "preemption"]
         subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *where, *why], check=True)
@@ -123,6 +127,15 @@ class Nodes:
         """The process of the cluster's GCS."""
         head: Any = self._cluster.head_node
         return head.all_processes["gcs_server"][0].process.pid
+
+
+def _running(actor: str, node: "Node") -> list[int]:
+    """The node's processes of such actors: Ray has them named after their class."""
+    found: list[int] = []
+    for process in psutil.Process(_pid(node)).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process.pid] * (actor in " ".join(process.cmdline()))
+    return found
 
 
 def _pid(node: "Node") -> int:

@@ -29,12 +29,8 @@ EPOCHS, IMAGES, BATCH, CHECKPOINT_EVERY = 3, 1200, 16, 7
 TIMEOUT_S = 300
 
 
-Take = tuple[int, int]
-"""A sample that a worker was given: its position in the epoch's order, and the hash of its key."""
-
-
 class Kill(NamedTuple):
-    """Who is killed when a worker has taken so many rows in all, the last ones in this epoch."""
+    """Who is killed when a worker has trained on so many rows in all, the last ones in this epoch."""
 
     target: str
     epoch: int
@@ -101,34 +97,34 @@ class Run:
                 found.update(name.encode() + tensors[name].numpy().tobytes())
         return found.hexdigest()
 
-    def epochs(self) -> Iterator[list[Take]]:
-        """What each epoch has trained on: what each process took, up to where the next one went on."""
-        lanes: defaultdict[tuple[int, int], list[list[Take]]] = defaultdict(list)
+    def epochs(self) -> Iterator[list[int]]:
+        """What each epoch has trained on, lane by lane: hashes of keys, up to where the next process went on."""
+        lanes: defaultdict[tuple[int, int], list[list[int]]] = defaultdict(list)
         for log in sorted(self._takes.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
-            mine: defaultdict[tuple[int, int], list[Take]] = defaultdict(list)
+            mine: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
             for line in log.read_text().splitlines():
-                part = json.loads(line)
-                mine[part["epoch"], part["lane"]] += zip(part["ordinals"], part["keys"], strict=True)
-            for lane, takes in mine.items():
-                lanes[lane].append(takes)
+                step = json.loads(line)
+                mine[step["epoch"], step["lane"]] += step["keys"]
+            for lane, keys in mine.items():
+                lanes[lane].append(keys)
         for epoch in range(EPOCHS):
-            yield [take for lane in sorted(k for k in lanes if k[0] == epoch) for take in _followed(lanes[lane])]
+            yield [key for lane in sorted(k for k in lanes if k[0] == epoch) for key in _followed(lanes[lane])]
 
     def is_exact(self) -> bool:
         """Whether each epoch has trained on every sample once, each at its place in the order."""
         from raycnn.data import feed_key
 
         orders = [list(map(feed_key, keys_in_order(self._packed, epoch))) for epoch in range(EPOCHS)]
-        return all(sorted(taken) == list(enumerate(keys)) for taken, keys in zip(self.epochs(), orders, strict=True))
+        return list(self.epochs()) == orders
 
 
-def _followed(processes: Sequence[Sequence[Take]]) -> list[Take]:
-    """What counts of what the processes took of a lane, one after the other."""
-    kept: list[Take] = []
-    for takes in processes:
-        if takes[0] in kept:
-            kept = kept[: kept.index(takes[0])]
-        kept += takes
+def _followed(processes: Sequence[Sequence[int]]) -> list[int]:
+    """What counts of what the processes trained on of a lane, one after the other: later ones do some of it again."""
+    kept: list[int] = []
+    for keys in processes:
+        if keys[0] in kept:
+            kept = kept[: kept.index(keys[0])]
+        kept += keys
     return kept
 
 

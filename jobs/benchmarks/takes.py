@@ -1,7 +1,7 @@
-"""In a worker of Ray: notes which samples it takes to train on, and kills a process when it is told to.
+"""In a worker of Ray: notes which samples it has trained on, and kills a process when it is told to.
 
 `benchmarks.resume` has Ray call `install` in each of its workers, and says where to note and whom to kill by these
-environment variables. What is noted is what has arrived, not what was asked for.
+environment variables. What is noted are the keys in the batches of steps that are done, not what was read or asked for.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,41 @@ FOLDER, KILL = "RAYCNN_BENCH_TAKES", "RAYCNN_BENCH_KILL"
 
 
 def install() -> None:
-    """Watch the place where samples leave the stream."""
+    """Watch the steps of a process that trains; others need not import what it takes."""
     from raycnn.data.feed import LaneBuffers
 
-    given, log = LaneBuffers._rows, Path(os.environ[FOLDER]) / f"{os.getpid()}.jsonl"
+    begin = LaneBuffers.begin
+
+    def begun(self: Any, epoch: int, first: Any) -> None:
+        if LaneBuffers.begin is begun:  # the first samples of this process
+            LaneBuffers.begin = begin
+            _watch_steps()
+        begin(self, epoch, first)
+
+    LaneBuffers.begin = begun
+
+
+def _watch_steps() -> None:
+    from raycnn.loop import Batch, Trainer
+
+    given, log = Trainer.step, Path(os.environ[FOLDER]) / f"{os.getpid()}.jsonl"
     kill = json.loads(os.environ.get(KILL, "{}"))
     taken = 0
 
-    def rows(self: Any, lane: int, count: int) -> Iterator[Any]:
+    def step(self: Any, batch: Batch, at: int, epoch: int, *more: Any) -> Any:
         nonlocal taken
-        for part in given(self, lane, count):
-            epoch, ordinals = int(part["epoch"][0]), part["ordinal"].tolist()
-            with log.open("a") as file:
-                take = {"epoch": epoch, "lane": lane, "ordinals": ordinals, "keys": part["key"].tolist()}
-                file.write(json.dumps(take) + "\n")
-            taken += len(ordinals)
-            if kill and epoch == kill["epoch"] and taken >= kill["rows"] and _is_first(kill["once"]):
-                threading.Timer(random.Random(kill["rows"]).uniform(0, 0.03), _shoot, [kill]).start()
-            yield part
+        done = given(self, batch, at, epoch, *more)
+        keys, lanes = batch.keys.tolist(), batch.lanes.tolist()
+        with log.open("a") as file:
+            for lane in sorted(set(lanes)):
+                of_lane = [key for key, its in zip(keys, lanes, strict=True) if its == lane]
+                file.write(json.dumps({"epoch": epoch, "lane": lane, "keys": of_lane}) + "\n")
+        taken += len(keys)
+        if kill and epoch == kill["epoch"] and taken >= kill["rows"] and _is_first(kill["once"]):
+            threading.Timer(random.Random(kill["rows"]).uniform(0, 0.03), _shoot, [kill]).start()
+        return done
 
-    LaneBuffers._rows = rows
+    Trainer.step = step  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_first(path: str) -> bool:

@@ -275,9 +275,14 @@ def table(result: Mapping[str, Any]) -> str:
         ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**one["ratio"])
         lines.append(f"| {one['case']}, {one['of']} | {one['to']} | {one['in']} | {ratio} | {one['bar']:g} |")
     if result["first_step_s"]:
-        bar = f"at most {result['first_step_bar_s']:g}"
-        named = [f"{found['median']:.1f} s with {name} ({bar})" for name, found in result["first_step_s"].items()]
-        lines += ["", f"The first step is done so long after the command, where no Ray runs: {'; '.join(named)}."]
+        bar = f"{result['first_step_bar_s']:g}"
+        lines += [
+            "",
+            "| first step after the command, no Ray running | s, median (least to most) | at most |",
+            "|---|---|---|",
+        ]
+        for name, found in result["first_step_s"].items():
+            lines.append(f"| {name} | {found['median']:.1f} ({found['min']:.1f} to {found['max']:.1f}) | {bar} |")
     return "\n".join(lines) + "\n\n" + _accuracy_table(result)
 
 

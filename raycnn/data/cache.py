@@ -202,10 +202,19 @@ def _clear(root: Path, name: str, budget: int, usual: int) -> None:
     for folder in sorted(sizes, key=lambda f: (f / "index").stat().st_mtime):
         if own + sum(sizes.values()) <= budget:
             return
-        with (folder / "index").open("rb") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where a process has it open
+        if not _is_in_use(folder):
             _remove(folder)
             del sizes[folder]
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether a process has it open, here or on another node that shares the disk."""
+    with (folder / "index").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _remove(folder: Path) -> None:
@@ -220,6 +229,8 @@ def _bytes_on_disk(folder: Path) -> int:
 
 def _make(folder: Path, geometry: Geometry, rows: int) -> None:
     """An empty folder in the place of what stands there: whole, or not at all."""
+    if folder.exists() and _is_in_use(folder):
+        raise OSError(f"{folder} is in use by another node; set XDG_CACHE_HOME to a disk of this one")
     made = folder.with_name(f".{folder.name}")
     made.mkdir()
     with (made / "pixels").open("wb") as file:

@@ -79,8 +79,7 @@ class Trainer:
         self.optimizer = make_optimizer(classifier, config)
         self.average = Average(classifier, config.ema) if config.ema else None
         self._weights, self._prior = _against_imbalance(config, class_counts, self.device)
-        is_wide = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        self._dtype = torch.bfloat16 if is_wide else torch.float32
+        self._dtype = _dtype(config, self.device)
         if isinstance(self._model, DistributedDataParallel):
             self._model.register_comm_hook(None, self._reduce)
 
@@ -260,6 +259,13 @@ def training_size(config: TrainConfig, classifier: Classifier, done: float) -> t
     unit = SIZE_STEP if full > 64 else 4
     side = full if done >= GROWN_AT else max(config.start_size, unit * int(side // unit))
     return round(height * side / full), round(width * side / full)
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the arithmetic: by itself bfloat16 is chosen where it is fast, on GPUs that have it."""
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_wide = config.precision == "bfloat16" or (config.precision == "auto" and has_it)
+    return torch.bfloat16 if is_wide else torch.float32
 
 
 def _against_imbalance(

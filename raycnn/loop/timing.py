@@ -5,6 +5,9 @@ from collections import defaultdict
 
 import torch
 
+MOST_EVENTS = 10_000
+"""That wait to be read: each is an object of the driver of the GPU."""
+
 
 class Clock:
     """Seconds by what they went into: each `mark` gives the time since the one before it to a name.
@@ -42,14 +45,20 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._events.append((name, event))
+        if len(self._events) > MOST_EVENTS:
+            self._read()
+
+    def _read(self) -> None:
+        """Wait for the GPU, and count what it took."""
+        torch.cuda.synchronize()
+        for (_, before), (name, event) in zip(self._events, self._events[1:], strict=False):
+            if name:
+                self._seconds[name] += before.elapsed_time(event) / 1000
+        self._events = self._events[-1:]
 
     def take(self) -> dict[str, float]:
         """Seconds by name since this was last asked for."""
-        if self._events:
-            torch.cuda.synchronize()
-            for (_, before), (name, event) in zip(self._events, self._events[1:], strict=False):
-                if name:
-                    self._seconds[name] += before.elapsed_time(event) / 1000
-            self._events = self._events[-1:]
+        if self._is_cuda:
+            self._read()
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken

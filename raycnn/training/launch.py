@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 from ray._common.network_utils import build_address  # pyright: ignore[reportAttributeAccessIssue]
-from ray.exceptions import GetTimeoutError
 from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
@@ -30,8 +29,6 @@ from raycnn.storage import scratch_folder
 
 GROUP_TIMEOUT_S = 1800.0
 """How long workers wait for one of them, whose images or checkpoint may be slow to come; NCCL's own limit is 600."""
-PART_S = 5.0
-"""How long workers may take to leave their process group, before they are ended anyway."""
 RESIZE_S = 60.0
 """Between two looks whether there is room for more workers, which begin at the last checkpoint."""
 
@@ -48,7 +45,10 @@ class Policy(DefaultFailurePolicy):
 
 
 class _ProcessGroup(Backend):
-    """As Ray Train's backend for torch, which is not needed here: to import it takes seconds."""
+    """As Ray Train's backend for torch, which is not needed here: to import it takes seconds.
+
+    It takes no group apart: to the thread that trains, a worker without one is alone, and what it has seen is all.
+    """
 
     share_cuda_visible_devices = True
 
@@ -56,11 +56,6 @@ class _ProcessGroup(Backend):
         """Bring the workers together, each in its own process group of torch."""
         address, port = worker_group.execute_single(0, get_address_and_port)
         ray.get(worker_group.execute_async(_join, build_address(address, port)))
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Part them."""
-        with suppress(GetTimeoutError):
-            ray.get(worker_group.execute_async(_part), timeout=PART_S)
 
 
 class _Torch(BackendConfig):
@@ -82,13 +77,6 @@ def _join(address: str) -> None:
         world_size=context.get_world_size(),
         timeout=timedelta(seconds=GROUP_TIMEOUT_S),
     )
-
-
-def _part() -> None:
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 class _WorkerGroup(WorkerGroup):

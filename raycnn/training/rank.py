@@ -122,6 +122,7 @@ class _Run:
             classifier = self._make_model()  # while the first images are decoded
             self._claim(is_new=first == (0, 0))
             counts = self._restored(first, marker, saving.checkpoints)
+            self._trainer.clock.begin()
             with TensorBoard(self._store, self._rank == 0, first.epoch * self._steps) as board:
                 while not is_over:
                     tally = _Tally(counts)
@@ -133,6 +134,7 @@ class _Run:
                         state = self._state(tally.total) | {VALIDATION: metrics.to_vector()}
                         steps = line["step"] - first.epoch * self._steps if CUT in line else 0
                         saving.save(state, Cursor(first.epoch, steps), metrics.accuracy_top1)
+                        self._trainer.clock.mark("checkpoint")  # which the next epoch tells
                         self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
                     first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
                     is_over = self._is_over(history)
@@ -199,7 +201,10 @@ class _Run:
         return tensors[COUNTS].tolist() if is_counted else list(NO_COUNTS)
 
     def _state(self, counts: list[float]) -> dict[str, torch.Tensor]:
-        more = {ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64), COUNTS: torch.tensor(counts)}
+        more = {
+            ELAPSED: torch.tensor(self._elapsed(), dtype=torch.float64),
+            COUNTS: torch.tensor(counts, dtype=torch.float64),
+        }
         return self._trainer.state() | more
 
     def _elapsed(self) -> float:
@@ -210,7 +215,6 @@ class _Run:
         self, first: Cursor, tally: "_Tally", batches: _Batches, saving: Saving, bad: BadImages
     ) -> dict[str, Any]:
         """What is left of an epoch, and its line."""
-        self._trainer.clock.begin()
         steps, share = self._steps_left(first, tally, batches, saving, bad)
         skipped = self._counted(tally, bad)
         total, all_rows, *_ = tally.total
@@ -403,6 +407,6 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
 
 
 def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of the time of an epoch and its validation, what went into each part of it."""
+    """Of the time of an epoch, its validation and the checkpoint before it, what went into each part of it."""
     whole = sum(seconds.values()) or 1.0
     return {name: round(spent / whole, 4) for name, spent in seconds.items()}
