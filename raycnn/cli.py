@@ -14,8 +14,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
-from typing import Annotated, Any, Never, TextIO, cast
+from contextlib import redirect_stdout, suppress
+from typing import Annotated, Any, Never, TextIO, cast, get_args
 
 import cyclopts
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -189,6 +189,7 @@ def _parameter(field: str, info: FieldInfo, kind: Any) -> inspect.Parameter:
         hint |= str  # what else it may be written as is for the schema to read
     parameter = Parameter(
         name=_flag(field),
+        converter=_whole if int in (hint, *get_args(hint)) else None,
         help=" ".join((info.description or "").split()),
         negative_iterable=(),
         show_default=not required and info.default not in (None, ()),
@@ -199,6 +200,20 @@ def _parameter(field: str, info: FieldInfo, kind: Any) -> inspect.Parameter:
         default=None if required else info.default,
         annotation=Annotated[hint | None if required else hint, parameter],
     )
+
+
+def _whole(hint: Any, tokens: Sequence[cyclopts.Token]) -> int | str:
+    """A whole number, or a word that may stand for one; cyclopts would take 2.6 for 3."""
+    value = tokens[0].value
+    words = [word for choice in get_args(hint) for word in get_args(choice)]
+    if value in words:
+        return value
+    with suppress(ValueError):
+        return int(value)
+    with suppress(ValueError):
+        if float(value).is_integer():
+            return int(float(value))
+    raise ValueError(f"{value!r} is no whole number" + "".join(f", nor {word}" for word in words))
 
 
 def _flag(field: str) -> str:

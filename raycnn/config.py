@@ -175,7 +175,7 @@ class PackConfig(VerbConfig):
     exclude: Patterns = ()
     shard_mib: int = Field(default=128, ge=1, le=256)
     """Aimed size of a shard in MiB."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Decides the order in which images are mixed."""
     labels: Url | None = None
     """Labels that came back from people: a CSV, TSV, JSON Lines or Parquet file with the columns `key` and `label`
@@ -263,7 +263,7 @@ class TrainConfig(VerbConfig):
     cache_gib: float = Field(default=8.0, ge=0)
     """Decoded images that a node keeps on its disk in GiB, so that later epochs need not decode; 0, or too little for
     the training split: none."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Decides initial weights, order and augmentation."""
     checkpoint_every: int = Field(default=1000, ge=1)
     """Steps between checkpoints within an epoch; each epoch ends with one, too."""

@@ -91,8 +91,8 @@ def test_a_sampler_shows_rare_classes_as_often_as_frequent_ones_and_as_many_rows
     for times in seen:
         assert [len(n) for n in times] == [100, 100]
         assert sum(n.sum() for n in times) == 200
-        assert times[0][-1] == 0  # has no label
+        assert times[0][-1] == 1  # has no label, and is counted
         visits = [sum(n[own == c].sum() for n, own in zip(times, labels, strict=True)) for c in range(3)]
         assert max(visits) - min(visits) <= 1
-    assert (sum(n[0] for n in seen) > 0).sum() == 99  # over the epochs all are seen
+    assert (sum(n[0] for n in seen) > 0).sum() == 100  # over the epochs all are seen
     assert np.array_equal(np.concatenate(copies(labels, 3, 7)), np.concatenate(seen[7]))

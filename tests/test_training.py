@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from raycnn.models import build
 from raycnn.shards import PackedCollection, open_collection
 from raycnn.shards.order import Cursor
 from raycnn.storage import open_store
-from raycnn.training import Checkpoints, RateReport, train
+from raycnn.training import Checkpoints, RateReport, folder, train
 from raycnn.training.folder import Claim, History, claim, ended, resume_at
 from raycnn.training.model_input import image_spec
 from raycnn.training.rank import hand_over
@@ -171,9 +172,51 @@ def test_more_time_goes_on_within_the_epoch_that_less_time_has_cut(packed, tmp_p
     assert [b"training images" in content for content in events] == [True, True]  # the second hides the first
 
 
-def test_the_sampler_leaves_out_what_cannot_be_read(packed, tmp_path):
+def test_the_sampler_counts_what_cannot_be_read_once(packed, tmp_path):
     report = train(config_of(packed, tmp_path, epochs=2, imbalance="sampler"))
-    assert (report.epochs, report.skipped) == (2, {})
+    assert (report.epochs, report.skipped) == (2, {"unsupported": 4})
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_best_checkpoint_that_was_altered_is_named(packed, tmp_path):
+    train(config_of(packed, tmp_path, epochs=2))
+    shutil.rmtree(tmp_path / "bundle")
+    marker = {"slot": 2, "epoch": 0, "step": 0, "accuracy_top1": 2.0, "sha256": "0" * 64}  # of other tensors
+    tensors = tmp_path / "checkpoints" / "slot-2.safetensors"
+    tensors.with_suffix(".json").write_text(json.dumps(marker | {"marker_sha256": folder._digest(marker)}))
+    tensors.write_bytes(b"altered")
+    events: list[dict[str, Any]] = []
+    train(config_of(packed, tmp_path, epochs=2), events.append)
+    text = f"torn or altered, and not used: {tensors}; the bundle is made of another"
+    assert text in [event.get("text") for event in events]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "config.yaml"])
+def test_a_damaged_file_of_a_run_is_named(packed, tmp_path, name):
+    config = config_of(packed, tmp_path, epochs=1)
+    train(config)
+    file = tmp_path / name
+    whole = file.read_bytes()
+    file.write_bytes(b"{" + whole[:20])
+    with pytest.raises(ConfigError, match=f"{file} cannot be read .*: restore it, or use another run folder"):
+        train(config)
+    if name == "metrics.jsonl":
+        file.unlink()
+        with pytest.raises(ConfigError, match=f"{file} lacks some of the 1 epochs that are done: restore it"):
+            train(config)
+    file.write_bytes(whole)
+    assert train(config).epochs == 1
+
+
+def test_what_repeats_a_run_has_as_many_workers_as_it_began_with(packed, tmp_path):
+    config = config_of(packed, tmp_path)
+    collection = open_collection(packed)
+    assert isinstance(collection, PackedCollection)
+    store, wanted = open_store(str(tmp_path)), Claim(9, None)
+    claim(store, config.model_copy(update={"num_workers": 3, "cache_gib": 0.0}), collection, wanted)
+    claim(store, config.model_copy(update={"epochs": 7}), collection, wanted)
+    found = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (found["num_workers"], found["cache_gib"], found["epochs"]) == (3, 0.0, 7)
 
 
 def test_mixing_is_refused_where_a_batch_holds_one_image_of_a_lane(packed, tmp_path):
@@ -276,6 +319,26 @@ def test_more_unreadable_images_than_allowed_end_a_run_that_meets_them(packed, t
         train(config_of(str(copy), run, num_workers=2, max_bad=0.01))
     assert len((run / "bad.jsonl").read_text().splitlines()) == 4
     assert not (run / "bundle").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_validation_images_that_cannot_be_read_are_named_and_counted(tmp_path, count):
+    store, rng, events = open_store(str(tmp_path / "raw")), np.random.default_rng(0), list[dict[str, Any]]()
+    for i in range(60):
+        split, label = "val" if i < 4 else "train", i % 2
+        store.put(f"{split}/{label}/{i:02d}.png", b"broken" if i < 2 * count else png(rng, bool(label)))
+    raycnn.pack(str(tmp_path / "raw"), str(tmp_path / "packed"))
+    config = config_of(str(tmp_path / "packed"), tmp_path / "run", epochs=1)
+    text = rf"{2 * count} of 4 validation images cannot be read \({2 * count} unsupported\): see .*unreadable.jsonl"
+    if count == 2:
+        with pytest.raises(DataError, match=f"^{text}, mend them"):
+            train(config)
+        assert not (tmp_path / "run").exists()
+        return
+    train(config, events.append)
+    assert any(re.fullmatch(f"{text}; accuracy is that of the others", e.get("text", "")) for e in events)
+    (line,) = History(open_store(str(tmp_path / "run"))).lines
+    assert line["val/skipped"] == {"unsupported": 2}
 
 
 def test_a_plan_that_cannot_run_leaves_no_run_folder(packed, tmp_path):

@@ -160,9 +160,9 @@ def plan_training(num_workers: int, limit: Resources, use_gpu: bool) -> TrainPla
     """
     gpus = 1.0 if use_gpu else 0.0
     if use_gpu and limit.gpus < num_workers:
+        fewer = f"--num-workers {int(limit.gpus)} or " if limit.gpus >= 1 else ""
         raise ConfigError(
-            f"train: {num_workers} workers need 1 GPU each, the cluster has {limit.gpus:g}: "
-            f"use --num-workers {max(1, int(limit.gpus))} or --device cpu"
+            f"train: {num_workers} workers need 1 GPU each, the cluster has {limit.gpus:g}: use {fewer}--device cpu"
         )
     largest = max((node.cpus for node in limit.nodes), default=0.0)
     share = min(limit.cpus / num_workers, largest)

@@ -266,7 +266,7 @@ class LaneBuffers:
 
 
 def join(parts: Sequence[Block], spec: ImageSpec, cache: Cache | None = None) -> FeedBatch:
-    """The parts as one batch, without the rows that have no pixels or no label."""
+    """The parts as one batch, without the rows that have no pixels or no label, which are counted."""
     if not parts:
         none = np.zeros(0, np.int64)
         return FeedBatch(np.zeros((0, spec.height, spec.width, spec.channels), np.uint8), none, none, none, None, [], 0)
@@ -274,10 +274,11 @@ def join(parts: Sequence[Block], spec: ImageSpec, cache: Cache | None = None) ->
     labels, keys, lanes, bad, copies = (np.concatenate([p[name] for p in parts]) for name in names)
     sizes = np.concatenate([p["size"] for p in parts]) if "size" in parts[0] else None
     pixels = np.concatenate([p["pixels"] for p in parts]) if sizes is None else _framed(parts, sizes, spec, cache)
-    failures = [_failure(text, int(key)) for text, key in zip(bad, keys, strict=True) if text]
+    # However often a row comes in an epoch, it is counted once.
+    failures = [_failure(text, int(key)) for text, key, nth in zip(bad, keys, copies, strict=True) if text and not nth]
     readable = np.array([not text for text in bad], bool)
     usable = readable & (labels >= 0)
-    unlabelled = int(np.count_nonzero(readable & ~usable))
+    unlabelled = int(np.count_nonzero(readable & ~usable & (copies == 0)))
     keys = keys + copies * ANOTHER
     if not usable.all():
         pixels, labels, keys, lanes = pixels[usable], labels[usable], keys[usable], lanes[usable]

@@ -125,9 +125,9 @@ class Trainer:
             loss = self._forward_and_backward(batch, rows, step, epoch, done)
         value = loss.item()
         if not math.isfinite(value):
-            raise DataError(
-                f"the loss is {value} at step {step}; lower --learning-rate (now {self._config.learning_rate:g})"
-            )
+            other = ", or use --precision float32" if self._dtype != torch.float32 else ""
+            rate = self._config.learning_rate
+            raise DataError(f"the loss is {value} at step {step}; lower --learning-rate (now {rate:g}){other}")
         if self._config.clip_norm:
             nn.utils.clip_grad_norm_(self.classifier.parameters(), self._config.clip_norm)
         self.optimizer.step()

@@ -129,7 +129,7 @@ def require_file(url: str) -> str:
     """
     store, leaf = file_at(url)
     if store.head(leaf) is None:
-        raise ObjectMissing(f"{store.address(leaf)}: does not exist; check the path")
+        raise ObjectMissing(f"{store.address(leaf)}: no file is there; of a bundle, name its model.safetensors")
     return absolute(url)
 
 

@@ -74,10 +74,10 @@ def copies(labels: Sequence[np.ndarray], seed: int, epoch: int) -> list[np.ndarr
     """How often each row is visited in an epoch that shows all classes alike often, and as many rows as there are.
 
     Systematic sampling (Madow 1949) over the rows of each class in a random order: a row that should come 2.3 times
-    comes 2 or 3 times, by chance. Rows without a label do not come.
+    comes 2 or 3 times, by chance. Rows without a label or pixels come once, to be counted.
 
     Args:
-        labels: int64 of each row group (n,); -1 where there is none.
+        labels: int64 of each row group (n,); -1 where there is none, or no pixels.
         seed: Of the run.
         epoch: Each has its own choice.
 
@@ -85,15 +85,16 @@ def copies(labels: Sequence[np.ndarray], seed: int, epoch: int) -> list[np.ndarr
         int64 of each row group (n,).
     """
     every = np.concatenate(labels)
-    counts = np.bincount(every[every >= 0])
-    weights = np.where(every >= 0, 1 / np.maximum(counts, 1)[every], 0.0)
+    known = every[every >= 0]
+    weights = 1 / np.bincount(known)[known]
     rng = np.random.default_rng([seed, epoch, SAMPLER])
-    order = rng.permutation(len(every))
-    order = order[np.argsort(every[order], kind="stable")]  # class by class, so that each has its share exactly
-    reached = np.floor(np.cumsum(weights[order]) * (len(every) / weights.sum()) + rng.random())
-    reached[-1] = len(every)  # whatever rounding has left of it
-    times = np.empty(len(every), np.int64)
-    times[order] = np.diff(reached, prepend=0).astype(np.int64)
+    order = rng.permutation(len(known))
+    order = order[np.argsort(known[order], kind="stable")]  # class by class, so that each has its share exactly
+    reached = np.floor(np.cumsum(weights[order]) * (len(known) / weights.sum()) + rng.random())
+    reached[-1] = len(known)  # whatever rounding has left of it
+    times, times_known = np.ones(len(every), np.int64), np.empty(len(known), np.int64)
+    times_known[order] = np.diff(reached, prepend=0).astype(np.int64)
+    times[every >= 0] = times_known
     return np.split(times, np.cumsum([len(group) for group in labels])[:-1])
 
 

@@ -9,7 +9,7 @@ import math
 import shlex
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -20,7 +20,7 @@ import yaml
 from raycnn.config import TrainConfig, to_yaml
 from raycnn.data import Geometry
 from raycnn.drawing.canvas import encoded
-from raycnn.errors import Bad, ConfigError, DataError, StorageError
+from raycnn.errors import Bad, ConfigError, DataError, StorageError, one_line
 from raycnn.shards import MANIFEST, PackedCollection
 from raycnn.shards.order import Cursor
 from raycnn.storage import Store
@@ -51,6 +51,9 @@ RESUMABLE = (
 )
 """Settings that may differ when a run goes on; the others would make it another run. Data is known by its digest."""
 
+BINDING = ("num_workers", "min_workers", "cache_gib")
+"""Of these its claim was made: config.yaml, which repeats the run, keeps them as they were when it began."""
+
 
 class Claim(NamedTuple):
     """What was decided when a run began, and holds until its end."""
@@ -58,6 +61,26 @@ class Claim(NamedTuple):
     lanes: int
     geometry: Geometry | None
     """How its decoded images are kept, of which boxes are taken later; None: boxes are taken when it decodes."""
+
+
+def _parsed(store: Store, path: str, parse: Callable[[bytes], Any]) -> Any:
+    """What a file of the run folder holds.
+
+    Raises:
+        ConfigError: it is torn or was altered.
+    """
+    try:
+        return parse(store.get(path))
+    except (ValueError, yaml.YAMLError) as error:
+        raise _damaged(store.address(path), f"cannot be read ({one_line(error)})") from None
+
+
+def _damaged(address: str, what: str) -> ConfigError:
+    return ConfigError(f"{address} {what}: restore it, or use another run folder")
+
+
+def _lines(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def check_before_packing(store: Store, config: TrainConfig) -> None:
@@ -90,11 +113,11 @@ def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> Clai
     if store.head(IDENTITY) is None:
         _refuse_stranger(store)
         return None
-    identity = json.loads(store.get(IDENTITY))
+    identity = _parsed(store, IDENTITY, json.loads)
     if identity["data_digest"] != packed.digest:
         raise _on_other_data(store, config)
     if store.head(CONFIG) is not None:
-        wanted, found = yaml.safe_load(to_yaml(config)), yaml.safe_load(store.get(CONFIG))
+        wanted, found = yaml.safe_load(to_yaml(config)), _parsed(store, CONFIG, yaml.safe_load)
         differing = [k for k in wanted if k not in RESUMABLE and wanted[k] != found.get(k)]
         if differing:
             shown = ", ".join(f"{k} (was {found.get(k)!r}, now {wanted[k]!r})" for k in differing)
@@ -117,11 +140,12 @@ def claim(store: Store, config: TrainConfig, packed: PackedCollection, wanted: C
     identity = {"data_digest": packed.digest, "lanes": wanted.lanes, "cached": wanted.geometry is not None}
     if wanted.geometry is not None:
         identity["geometry"] = wanted.geometry._asdict()
-    content = to_yaml(config).encode()
     store.create(IDENTITY, (json.dumps(identity) + "\n").encode())
-    store.create(CONFIG, content)
+    store.create(CONFIG, to_yaml(config).encode())
     found = claimed(store, config, packed)
     assert found is not None
+    before = _parsed(store, CONFIG, yaml.safe_load)
+    content = to_yaml(config.model_copy(update={name: before[name] for name in BINDING if name in before})).encode()
     if store.get(CONFIG) != content:
         store.put(CONFIG, content)
     return found
@@ -303,8 +327,18 @@ class History:
     def __init__(self, store: Store) -> None:
         """Read the lines that there are."""
         self._store = store
-        text = store.get(self.PATH).decode() if store.head(self.PATH) else ""
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.lines: list[dict[str, Any]] = _parsed(store, self.PATH, _lines) if store.head(self.PATH) else []
+
+    def until(self, epochs: int) -> list[dict[str, Any]]:
+        """The lines of the first epochs, which are done.
+
+        Raises:
+            ConfigError: some are not there any more.
+        """
+        lines = [line for line in self.lines if line["epoch"] < epochs]
+        if [line["epoch"] for line in lines] != list(range(epochs)):
+            raise _damaged(self._store.address(self.PATH), f"lacks some of the {epochs} epochs that are done")
+        return lines
 
     def cut(self, epochs: int) -> None:
         """Forget what came after the checkpoint that the run resumes from."""
@@ -327,7 +361,7 @@ class BadImages:
         """Go on with the lines that there are."""
         self._store = store
         self._written = store.get(self.PATH) if store.head(self.PATH) else b""
-        lines: list[dict[str, Any]] = [json.loads(line) for line in self._written.splitlines()]
+        lines: list[dict[str, Any]] = _parsed(store, self.PATH, _lines) if self._written else []
         self._lines = {line["key"]: line for line in lines if "key" in line}
 
     def write(self, found: Mapping[str, Bad], count: int) -> None:
@@ -346,11 +380,15 @@ class BadImages:
 def check_bad(bad: Mapping[str, int], rows: int, max_bad: float, listed: str) -> None:
     """DataError if more of the training images are unreadable than are allowed; it says where they are listed."""
     if (count := sum(bad.values())) > max_bad * rows:
-        words = ", ".join(f"{n} {status}" for status, n in sorted(bad.items()))
         raise DataError(
-            f"{count} of {rows} training images cannot be read ({words}), more than --max-bad {max_bad:g}: "
+            f"{count} of {rows} training images cannot be read ({in_words(bad)}), more than --max-bad {max_bad:g}: "
             f"see {listed}, mend them or raise it"
         )
+
+
+def in_words(bad: Mapping[str, int]) -> str:
+    """How many images have which status."""
+    return ", ".join(f"{n} {status}" for status, n in sorted(bad.items()))
 
 
 def repeat_command(store: Store) -> str:

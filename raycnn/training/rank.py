@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,13 +181,18 @@ class _Run:
     def _place(self, checkpoints: Checkpoints, history: History) -> tuple[Cursor, dict[str, Any] | None]:
         """Where the run goes on: after the checkpoint that rank 0 finds, whose marker it has; the same on all ranks."""
         last = checkpoints.last() if self._rank == 0 else None
+        if last is not None:
+            checkpoints.best()  # of which it is said, too, if it is torn
         first = resume_at(last)
         if last is not None and ended(self._config, history.lines[: first.epoch]) is None:
             first = cut_at(last) or first  # there is more time now
         if checkpoints.torn:
             names = ", ".join(checkpoints.torn)
             where = f"epoch {first.epoch + 1}, step {first.step + 1}" if last else "the beginning"
-            self._post({"kind": "note", "text": f"torn or altered, and not used: {names}; going on from {where}"})
+            then = f"going on from {where}"
+            if ended(self._config, history.lines[: first.epoch]) is not None:
+                then = "the bundle is made of another"
+            self._post({"kind": "note", "text": f"torn or altered, and not used: {names}; {then}"})
         return Cursor(*map(int, self._sum(list(map(float, first))))), last
 
     def _restored(self, first: Cursor, marker: dict[str, Any] | None, checkpoints: Checkpoints) -> list[float]:
@@ -265,10 +270,12 @@ class _Run:
         trainer.clock.mark("other")
         metrics = loop.evaluate(trainer.evaluated, self._samples.validation(), len(self._packed.class_names))
         trainer.clock.mark("validation")
+        skipped = self._sum([float(self._samples.val_skipped[word]) for word in Status])
         line |= {
             "val/loss": metrics.loss,
             "metrics/accuracy_top1": metrics.accuracy_top1,
             "metrics/accuracy_top5": metrics.accuracy_top5,
+            "val/skipped": _by_status(skipped),
             "elapsed_s": self._elapsed(),
             "time": _shares(trainer.clock.take()),
         }
@@ -282,7 +289,7 @@ class _Run:
         """
         tally.total = self._sum(tally.counts)
         _, _, unlabelled, *counts = tally.total
-        skipped = {str(word): int(count) for word, count in zip(Status, counts, strict=True) if count}
+        skipped = _by_status(counts)
         if count := sum(skipped.values()):
             failures = list(itertools.chain.from_iterable(loop.gathered(tally.failures)))
             if self._rank == 0:
@@ -404,6 +411,10 @@ def hand_over(config: TrainConfig, packed: PackedCollection, classifier: Classif
         samples=good,
         data_fingerprint=packed.digest,
     )
+
+
+def _by_status(counts: Sequence[float]) -> dict[str, int]:
+    return {str(word): int(count) for word, count in zip(Status, counts, strict=True) if count}
 
 
 def _shares(seconds: Mapping[str, float]) -> dict[str, float]:

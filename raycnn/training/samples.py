@@ -12,6 +12,7 @@ import torch
 
 from raycnn import data, loop
 from raycnn.config import GIB, MIB, ImageSpec, TrainConfig
+from raycnn.errors import Status
 from raycnn.shards import PackedCollection
 from raycnn.shards.order import (
     Cursor,
@@ -73,6 +74,8 @@ class Samples:
         self.steps = steps_per_epoch(self.rows, config.batch_size)
         """Of an epoch."""
         self._val: list[loop.Batch] | None = None
+        self.val_skipped = Counter[Status]()
+        """Images of this rank's share of validation that could not be read, when it was last gone through."""
 
     def batches(self, first: Cursor, device: torch.device) -> Iterator[tuple[loop.Batch, data.FeedBatch]]:
         """This rank's share of every step of every epoch from `first` on, in order, made ahead on a thread from now.
@@ -85,10 +88,14 @@ class Samples:
 
     def _made_batches(self, first: Cursor) -> Iterator[data.FeedBatch]:
         c, geometry = self._config, self.claim.geometry
-        starts = [first, *(Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))]
+
+        def starts() -> Iterator[Cursor]:
+            yield first
+            yield from (Cursor(epoch, 0) for epoch in range(first.epoch + 1, c.epochs))
+
         cache = None if geometry is None else self._cache(geometry)
         head = max(HEAD_ROWS, c.batch_size // self.claim.lanes)
-        epochs = map(self._pieces, starts, itertools.chain([head], itertools.repeat(0)))
+        epochs = map(self._pieces, starts(), itertools.chain([head], itertools.repeat(0)))
         if cache is None:
             # What is decoded anyway is best decoded without a pause between epochs.
             epochs = iter([itertools.chain.from_iterable(epochs)])
@@ -96,7 +103,7 @@ class Samples:
         blocks = (block for pieces in epochs for block in self._stream(pieces, arguments, cache))
         buffers = data.LaneBuffers(blocks, self.spec, cache)
         has_boxes = geometry is None or (not geometry.short and c.crop_scale == 1)
-        for start in starts:
+        for start in starts():
             rows = first_rows(self.rows, c.batch_size, self.claim.lanes, self._owned, start.step)
             buffers.begin(start.epoch, rows)
             for step in range(start.step, self.steps):
@@ -152,6 +159,7 @@ class Samples:
         if self._val is not None:
             yield from self._val
             return
+        self.val_skipped.clear()
         groups = list(self._packed.select("val", Counter()))
         rows = sum(g.rows for g in groups)
         low, high = self._rank * rows // self._world, (self._rank + 1) * rows // self._world
@@ -161,7 +169,9 @@ class Samples:
         for block in self._stream(pieces, self._decode_arguments()):
             for at in range(0, len(block["label"]), self._config.batch_size):
                 part = {k: v[at : at + self._config.batch_size] for k, v in block.items()}
-                batch = to_torch(data.join([part], self.spec))
+                taken = data.join([part], self.spec)
+                self.val_skipped.update(failure.bad.status for failure in taken.failures)
+                batch = to_torch(taken)
                 if kept is not None:
                     kept.append(batch)
                 yield batch

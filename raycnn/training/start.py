@@ -22,6 +22,7 @@ from raycnn.training.folder import (
     check_before_packing,
     claimed,
     ended,
+    in_words,
     repeat_command,
     resume_at,
 )
@@ -66,9 +67,9 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     claim = claimed(store, config, packed) or _new_claim(config, packed, spec)
     _check_mixes(config, claim.lanes)
     done = resume_at(Checkpoints(store).last()).epoch
-    lines = History(store).lines[:done]
+    lines = History(store).until(done)
     if ended(config, lines) is None or _bundle_steps(store) < _steps(lines):
-        _check_readable(config, packed)
+        _check_readable(config, packed, say)
         _fit(config, packed, spec, claim, say)
     return _report(store, done)
 
@@ -84,7 +85,7 @@ def find_rate(config: TrainConfig, progress: data.Progress | None = None) -> Rat
     config, store, packed, spec = _prepared(config, say)
     claim = _new_claim(config, packed, spec)
     _check_mixes(config, claim.lanes)
-    _check_readable(config, packed)
+    _check_readable(config, packed, say)
     _fit(config, packed, spec, claim, say)
     found = json.loads(store.get(FIND_LR))
     return RateReport(found["suggestion"], len(found["rates"]), store.address(FIND_LR_PLOT))
@@ -191,11 +192,21 @@ def _check_classes(packed: PackedCollection, say: data.Progress) -> None:
         say({"kind": "note", "text": f"{text}: nothing is known of how well they are told apart"})
 
 
-def _check_readable(config: TrainConfig, packed: PackedCollection) -> None:
-    """What packing could not read, training cannot either: said before any work."""
-    status = packed.manifest["splits"]["train"]["status"]
-    bad = Counter({word: n for word, n in status.items() if word != Status.OK})
-    check_bad(bad, packed.rows("train"), config.max_bad, packed.store.address(UNREADABLE))
+def _check_readable(config: TrainConfig, packed: PackedCollection, say: data.Progress) -> None:
+    """What packing could not read, training and validation cannot either: said before any work."""
+    listed = packed.store.address(UNREADABLE)
+    check_bad(_bad(packed, "train"), packed.rows("train"), config.max_bad, listed)
+    bad, rows = _bad(packed, "val"), packed.rows("val")
+    if bad:
+        text = f"{bad.total()} of {rows} validation images cannot be read ({in_words(bad)}): see {listed}"
+        if bad.total() == rows:
+            raise DataError(f"{text}, mend them and pack again, or take others: raycnn pack SRC DST --val SHARE")
+        say({"kind": "note", "text": f"{text}; accuracy is that of the others"})
+
+
+def _bad(packed: PackedCollection, split: str) -> Counter[str]:
+    status = packed.manifest["splits"][split]["status"]
+    return Counter({word: n for word, n in status.items() if word != Status.OK})
 
 
 def _bundle_steps(store: Store) -> int:
