@@ -200,6 +200,9 @@ def test_a_damaged_file_of_a_run_is_named(packed, tmp_path, name):
     file.write_bytes(b"{" + whole[:20])
     with pytest.raises(ConfigError, match=f"{file} cannot be read .*: restore it, or use another run folder"):
         train(config)
+    file.write_bytes(b"1")
+    with pytest.raises(ConfigError, match=f"{file} .*: restore it, or use another run folder"):
+        train(config)
     if name == "metrics.jsonl":
         file.unlink()
         with pytest.raises(ConfigError, match=f"{file} lacks some of the 1 epochs that are done: restore it"):

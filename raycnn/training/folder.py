@@ -70,9 +70,12 @@ def _parsed(store: Store, path: str, parse: Callable[[bytes], Any]) -> Any:
         ConfigError: it is torn or was altered.
     """
     try:
-        return parse(store.get(path))
+        found = parse(store.get(path))
     except (ValueError, yaml.YAMLError) as error:
         raise _damaged(store.address(path), f"cannot be read ({one_line(error)})") from None
+    if not isinstance(found, dict | list):
+        raise _damaged(store.address(path), "holds nothing that a run has written")
+    return found
 
 
 def _damaged(address: str, what: str) -> ConfigError:
@@ -80,7 +83,10 @@ def _damaged(address: str, what: str) -> ConfigError:
 
 
 def _lines(content: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in content.splitlines()]
+    lines = [json.loads(line) for line in content.splitlines()]
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError("a line is no object")
+    return lines
 
 
 def check_before_packing(store: Store, config: TrainConfig) -> None:
