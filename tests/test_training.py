@@ -172,6 +172,18 @@ def test_more_time_goes_on_within_the_epoch_that_less_time_has_cut(packed, tmp_p
     assert [b"training images" in content for content in events] == [True, True]  # the second hides the first
 
 
+def test_the_rest_of_a_cut_epoch_is_done_again_where_its_checkpoint_was_not_written_any_more(packed, tmp_path):
+    train(config_of(packed, tmp_path, epochs=1, max_time="0.001s"))
+    cut = shutil.copytree(tmp_path / "checkpoints", tmp_path / "cut")
+    whole = train(config_of(packed, tmp_path, epochs=1))
+    weights = (tmp_path / "bundle" / "model.safetensors").read_bytes()
+    for name in ("checkpoints", "bundle"):  # as a kill would have left it after the epoch's line
+        shutil.rmtree(tmp_path / name)
+    cut.rename(tmp_path / "checkpoints")
+    assert train(config_of(packed, tmp_path, epochs=1)).steps == whole.steps
+    assert (tmp_path / "bundle" / "model.safetensors").read_bytes() == weights
+
+
 def test_the_sampler_counts_what_cannot_be_read_once(packed, tmp_path):
     report = train(config_of(packed, tmp_path, epochs=2, imbalance="sampler"))
     assert (report.epochs, report.skipped) == (2, {"unsupported": 4})
@@ -200,9 +212,10 @@ def test_a_damaged_file_of_a_run_is_named(packed, tmp_path, name):
     file.write_bytes(b"{" + whole[:20])
     with pytest.raises(ConfigError, match=f"{file} cannot be read .*: restore it, or use another run folder"):
         train(config)
-    file.write_bytes(b"1")
-    with pytest.raises(ConfigError, match=f"{file} .*: restore it, or use another run folder"):
-        train(config)
+    for other in (b"1", b"[1]", b"[]" if name != "metrics.jsonl" else b'{"step": 1}', b""):
+        file.write_bytes(other)
+        with pytest.raises(ConfigError, match=f"{file} .*: restore it, or use another run folder"):
+            train(config)
     if name == "metrics.jsonl":
         file.unlink()
         with pytest.raises(ConfigError, match=f"{file} lacks some of the 1 epochs that are done: restore it"):

@@ -209,7 +209,7 @@ def _clear(root: Path, name: str, budget: int, usual: int) -> None:
 
 def _is_in_use(folder: Path) -> bool:
     """Whether a process has it open, here or on another node that shares the disk."""
-    with (folder / "index").open("rb") as file:
+    with (folder / "index").open("r+b") as file:  # for writing: NFS wants it for an exclusive lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CONFIG, IDENTITY, DATA, PICTURES = "config.yaml", "run.json", "data", "pictures"
 FIND_LR, FIND_LR_PLOT = "find_lr.json", "find_lr.png"
 CUT = "cut"
-"""In the line of an epoch that --max-time has cut; a longer one goes on within it."""
+"""In the line of an epoch that --max-time has cut, after how many of its steps; a longer one goes on within it."""
 SLOTS = 3
 """One checkpoint is the last, one the best, and the third is free to be written."""
 
@@ -63,18 +63,19 @@ class Claim(NamedTuple):
     """How its decoded images are kept, of which boxes are taken later; None: boxes are taken when it decodes."""
 
 
-def _parsed(store: Store, path: str, parse: Callable[[bytes], Any]) -> Any:
-    """What a file of the run folder holds.
+def _parsed(store: Store, path: str, parse: Callable[[bytes], Any], *needed: str) -> Any:
+    """What a file of the run folder holds: an object with these keys, or lines of such.
 
     Raises:
         ConfigError: it is torn or was altered.
     """
     try:
         found = parse(store.get(path))
+        for one in found if parse is _lines else [found]:
+            if not isinstance(one, dict) or not one.keys() >= set(needed):
+                raise ValueError("it holds something else")
     except (ValueError, yaml.YAMLError) as error:
         raise _damaged(store.address(path), f"cannot be read ({one_line(error)})") from None
-    if not isinstance(found, dict | list):
-        raise _damaged(store.address(path), "holds nothing that a run has written")
     return found
 
 
@@ -82,11 +83,8 @@ def _damaged(address: str, what: str) -> ConfigError:
     return ConfigError(f"{address} {what}: restore it, or use another run folder")
 
 
-def _lines(content: bytes) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in content.splitlines()]
-    if not all(isinstance(line, dict) for line in lines):
-        raise ValueError("a line is no object")
-    return lines
+def _lines(content: bytes) -> list[Any]:
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def check_before_packing(store: Store, config: TrainConfig) -> None:
@@ -119,7 +117,7 @@ def claimed(store: Store, config: TrainConfig, packed: PackedCollection) -> Clai
     if store.head(IDENTITY) is None:
         _refuse_stranger(store)
         return None
-    identity = _parsed(store, IDENTITY, json.loads)
+    identity = _parsed(store, IDENTITY, json.loads, "data_digest", "lanes")
     if identity["data_digest"] != packed.digest:
         raise _on_other_data(store, config)
     if store.head(CONFIG) is not None:
@@ -333,17 +331,20 @@ class History:
     def __init__(self, store: Store) -> None:
         """Read the lines that there are."""
         self._store = store
-        self.lines: list[dict[str, Any]] = _parsed(store, self.PATH, _lines) if store.head(self.PATH) else []
+        self.lines: list[dict[str, Any]] = _parsed(store, self.PATH, _lines, "epoch") if store.head(self.PATH) else []
 
-    def until(self, epochs: int) -> list[dict[str, Any]]:
-        """The lines of the first epochs, which are done.
+    def until(self, marker: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The lines of what a checkpoint has, in whose place others may have been written since.
 
         Raises:
             ConfigError: some are not there any more.
         """
-        lines = [line for line in self.lines if line["epoch"] < epochs]
-        if [line["epoch"] for line in lines] != list(range(epochs)):
-            raise _damaged(self._store.address(self.PATH), f"lacks some of the {epochs} epochs that are done")
+        done = resume_at(marker).epoch
+        lines = [line for line in self.lines if line["epoch"] < done]
+        if [line["epoch"] for line in lines] != list(range(done)):
+            raise _damaged(self._store.address(self.PATH), f"lacks some of the {done} epochs that are done")
+        if marker is not None and cut_at(marker) is not None and lines[-1].get(CUT) != marker["step"]:
+            lines.pop()  # of more of the epoch, whose checkpoint was not written any more
         return lines
 
     def cut(self, epochs: int) -> None:

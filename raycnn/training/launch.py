@@ -129,6 +129,10 @@ class _Notices(PreemptionCallback):
             workers[rank] = worker.actor
         self._watcher = PreemptionWatcher(dict(ranks), self._poll_interval_s, workers)
 
+    def stop(self) -> None:
+        """Watch no more."""
+        self._stop_watcher()
+
     def _stop_watcher(self) -> None:
         if self._watcher is not None:
             self._watcher._stop_event.set()
@@ -141,8 +145,8 @@ class _Controller(TrainController):
     def __init__(self, **arguments: Any) -> None:
         """With our own watch for notices of preemption."""
         super().__init__(**arguments)
-        found = self._worker_group_callbacks_to_propagate
-        found[:] = [_Notices() if isinstance(one, PreemptionCallback) else one for one in found]
+        self.notices, found = _Notices(), self._worker_group_callbacks_to_propagate
+        found[:] = [self.notices if isinstance(one, PreemptionCallback) else one for one in found]
 
 
 class _Trainer(DataParallelTrainer):
@@ -164,7 +168,7 @@ class _Trainer(DataParallelTrainer):
         return [one for one in super()._create_default_callbacks() if not isinstance(one, left_out)]
 
 
-def _complete(controller: TrainController) -> None:
+def _complete(controller: _Controller) -> None:
     """Run it to its end, also where a notebook's event loop calls; Ctrl-C stops the workers in good order.
 
     `asyncio.run` would keep Ctrl-C from Ray's calls, which wait for long.
@@ -180,6 +184,7 @@ def _complete(controller: TrainController) -> None:
                 group.abort()
         raise
     finally:
+        controller.notices.stop()
         loop.close()
         asyncio.events._set_running_loop(outer)
 

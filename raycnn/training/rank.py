@@ -132,8 +132,7 @@ class _Run:
                         history.add(line)
                         board.add(line, self._pictures(metrics, tally))
                         state = self._state(tally.total) | {VALIDATION: metrics.to_vector()}
-                        steps = line["step"] - first.epoch * self._steps if CUT in line else 0
-                        saving.save(state, Cursor(first.epoch, steps), metrics.accuracy_top1)
+                        saving.save(state, Cursor(first.epoch, line.get(CUT, 0)), metrics.accuracy_top1)
                         self._trainer.clock.mark("checkpoint")  # which the next epoch tells
                         self._post({"kind": "epoch", "epochs": self._config.epochs} | line)
                     first, counts = Cursor(first.epoch + 1, 0), list(NO_COUNTS)
@@ -183,14 +182,15 @@ class _Run:
         last = checkpoints.last() if self._rank == 0 else None
         if last is not None:
             checkpoints.best()  # of which it is said, too, if it is torn
-        first = resume_at(last)
-        if last is not None and ended(self._config, history.lines[: first.epoch]) is None:
+        first, history.lines = resume_at(last), history.until(last)
+        is_over = ended(self._config, history.lines) is not None
+        if last is not None and not is_over:
             first = cut_at(last) or first  # there is more time now
         if checkpoints.torn:
             names = ", ".join(checkpoints.torn)
             where = f"epoch {first.epoch + 1}, step {first.step + 1}" if last else "the beginning"
             then = f"going on from {where}"
-            if ended(self._config, history.lines[: first.epoch]) is not None:
+            if is_over:
                 then = "the bundle is made of another"
             self._post({"kind": "note", "text": f"torn or altered, and not used: {names}; {then}"})
         return Cursor(*map(int, self._sum(list(map(float, first))))), last
@@ -234,7 +234,7 @@ class _Run:
             "skipped": skipped,
         }
         if steps < (first.epoch + 1) * self._steps:
-            line[CUT] = True
+            line[CUT] = steps - first.epoch * self._steps
         if first == (0, 0):
             line["first_step_at"] = self._first_step_at  # Unix time; who has started the driver knows when
         return line

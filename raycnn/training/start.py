@@ -66,12 +66,12 @@ def train(config: TrainConfig, progress: data.Progress | None = None) -> TrainRe
     config, store, packed, spec = _prepared(config, say)
     claim = claimed(store, config, packed) or _new_claim(config, packed, spec)
     _check_mixes(config, claim.lanes)
-    done = resume_at(Checkpoints(store).last()).epoch
-    lines = History(store).until(done)
+    last = Checkpoints(store).last()
+    lines = History(store).until(last)
     if ended(config, lines) is None or _bundle_steps(store) < _steps(lines):
         _check_readable(config, packed, say)
         _fit(config, packed, spec, claim, say)
-    return _report(store, done)
+    return _report(store, resume_at(last).epoch)
 
 
 def find_rate(config: TrainConfig, progress: data.Progress | None = None) -> RateReport:
