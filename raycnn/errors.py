@@ -14,7 +14,7 @@ infrastructure, and keeps its traceback.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import ClassVar, NamedTuple
 
@@ -104,6 +104,11 @@ def unwrap(error: BaseException) -> RaycnnError | None:
 def one_line(said: object) -> str:
     """What an error says, without its line breaks."""
     return " ".join(str(said).split())
+
+
+def in_words(statuses: Mapping[str, int]) -> str:
+    """How many images have which status."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
 
 
 def _wrapped(error: BaseException) -> Iterator[BaseException]:

@@ -92,43 +92,44 @@ def wait(what: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
-def test_an_elastic_run_takes_more_workers_when_there_is_room(
-    resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    with nodes_of_one_cpu(monkeypatch) as nodes, (tmp_path / "log").open("w") as log:
-        options = "--num-workers 3 --min-workers 1 --epochs 1000 --batch-size 16"
-        command = [resume.RAYCNN, "train", packed, str(tmp_path), *options.split()]
-        driver = subprocess.Popen(command, stdout=log, stderr=log)
+@contextmanager
+def training(resume: Any, packed: str, run: Path, options: str) -> Iterator[None]:
+    """A command that trains until it is killed, once its first epoch is done."""
+    with (run / "log").open("w") as log:
+        driver = subprocess.Popen([resume.RAYCNN, "train", packed, str(run), *options.split()], stdout=log, stderr=log)
         try:
-            wait((tmp_path / "metrics.jsonl").exists)
-            assert nodes.count("RayTrainWorker") == 2
-            nodes.add()
-            wait(lambda: nodes.count("RayTrainWorker") == 3)
-            done = len((tmp_path / "metrics.jsonl").read_text().splitlines())
-            wait(lambda: len((tmp_path / "metrics.jsonl").read_text().splitlines()) > done + 1)
+            wait((run / "metrics.jsonl").exists)
+            yield
         finally:
             driver.kill()
             driver.wait()
+
+
+def test_an_elastic_run_takes_more_workers_when_there_is_room(
+    resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def epochs() -> int:
+        return len((tmp_path / "metrics.jsonl").read_text().splitlines())
+
+    options = "--num-workers 3 --min-workers 1 --epochs 1000 --batch-size 16"
+    with nodes_of_one_cpu(monkeypatch) as nodes, training(resume, packed, tmp_path, options):
+        assert nodes.count("RayTrainWorker") == 2
+        nodes.add()
+        wait(lambda: nodes.count("RayTrainWorker") == 3)
+        done = epochs()
+        wait(lambda: epochs() > done + 1)
 
 
 def test_a_run_writes_a_checkpoint_when_one_of_its_nodes_is_about_to_be_taken_away(
     resume: Any, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    slots = tmp_path / "checkpoints"
-
     def is_saved_within_an_epoch() -> bool:
-        return any(json.loads(slot.read_text())["accuracy_top1"] is None for slot in slots.glob("slot-*.json"))
+        slots = (tmp_path / "checkpoints").glob("slot-*.json")
+        return any(json.loads(slot.read_text())["accuracy_top1"] is None for slot in slots)
 
-    with nodes_of_one_cpu(monkeypatch) as nodes, (tmp_path / "log").open("w") as log:
-        options = "--num-workers 2 --min-workers 1 --epochs 1000 --batch-size 4 --checkpoint-every 1000000"
-        command = [resume.RAYCNN, "train", packed, str(tmp_path), *options.split()]
-        driver = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            wait((tmp_path / "metrics.jsonl").exists)
-            assert not is_saved_within_an_epoch()
-            nodes.drain("RayTrainWorker")
-            wait(is_saved_within_an_epoch)
-        finally:
-            driver.kill()
-            driver.wait()
+    options = "--num-workers 2 --min-workers 1 --epochs 1000 --batch-size 4 --checkpoint-every 1000000"
+    with nodes_of_one_cpu(monkeypatch) as nodes, training(resume, packed, tmp_path, options):
+        assert not is_saved_within_an_epoch()
+        nodes.drain("RayTrainWorker")
+        wait(is_saved_within_an_epoch)
     assert "core_worker.cc" not in (tmp_path / "log").read_text()

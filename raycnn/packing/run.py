@@ -8,7 +8,7 @@ from typing import Any
 
 from raycnn import data
 from raycnn.config import PackConfig, to_yaml
-from raycnn.errors import ConfigError, DataError
+from raycnn.errors import ConfigError, DataError, in_words
 from raycnn.ledger import Ledger, Plan, UnitRef
 from raycnn.packing.manifest import write_manifest
 from raycnn.packing.mixing import Output, Planner
@@ -130,7 +130,7 @@ def _write_shards(config: PackConfig, ledger: Ledger, plan: Plan, pending: list[
     for result in data.map_units(Packer, items, workers, arguments, say):
         done, shards = done + result["rows"], shards + result["shards"]
         bad.update(result["bad"])
-        text = ", ".join(f"{n} {s}" for s, n in sorted(bad.items()))
+        text = in_words(bad)
         say({"kind": "progress", "done": done, "total": plan.rows, "text": text})
     return shards
 

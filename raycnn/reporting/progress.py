@@ -15,6 +15,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from raycnn.errors import in_words
+
 WINDOW_S = 60.0
 """Speed is measured over the images of this many last seconds, or of two reports where they come slower."""
 BURST_S = 0.5
@@ -223,7 +225,7 @@ def _epoch_text(event: dict[str, Any]) -> str:
     if (waiting := event.get("time", {}).get("data", 0.0)) > WAITING:
         parts.append(f"{waiting:.0%} waiting for data")
     if skipped := event.get("skipped"):
-        parts.append("skipped " + ", ".join(f"{count} {status}" for status, count in sorted(skipped.items())))
+        parts.append(f"skipped {in_words(skipped)}")
     return "  ".join(parts)
 
 

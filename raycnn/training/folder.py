@@ -20,7 +20,7 @@ import yaml
 from raycnn.config import TrainConfig, to_yaml
 from raycnn.data import Geometry
 from raycnn.drawing.canvas import encoded
-from raycnn.errors import Bad, ConfigError, DataError, StorageError, one_line
+from raycnn.errors import Bad, ConfigError, DataError, StorageError, in_words, one_line
 from raycnn.shards import MANIFEST, PackedCollection
 from raycnn.shards.order import Cursor
 from raycnn.storage import Store
@@ -149,9 +149,9 @@ def claim(store: Store, config: TrainConfig, packed: PackedCollection, wanted: C
     found = claimed(store, config, packed)
     assert found is not None
     before = _parsed(store, CONFIG, yaml.safe_load)
-    content = to_yaml(config.model_copy(update={name: before[name] for name in BINDING if name in before})).encode()
-    if store.get(CONFIG) != content:
-        store.put(CONFIG, content)
+    content = to_yaml(config.model_copy(update={name: before[name] for name in BINDING if name in before}))
+    if before != yaml.safe_load(content):
+        store.put(CONFIG, content.encode())
     return found
 
 
@@ -391,11 +391,6 @@ def check_bad(bad: Mapping[str, int], rows: int, max_bad: float, listed: str) ->
             f"{count} of {rows} training images cannot be read ({in_words(bad)}), more than --max-bad {max_bad:g}: "
             f"see {listed}, mend them or raise it"
         )
-
-
-def in_words(bad: Mapping[str, int]) -> str:
-    """How many images have which status."""
-    return ", ".join(f"{n} {status}" for status, n in sorted(bad.items()))
 
 
 def repeat_command(store: Store) -> str:

@@ -129,10 +129,6 @@ class _Notices(PreemptionCallback):
             workers[rank] = worker.actor
         self._watcher = PreemptionWatcher(dict(ranks), self._poll_interval_s, workers)
 
-    def stop(self) -> None:
-        """Watch no more."""
-        self._stop_watcher()
-
     def _stop_watcher(self) -> None:
         if self._watcher is not None:
             self._watcher._stop_event.set()
@@ -184,7 +180,7 @@ def _complete(controller: _Controller) -> None:
                 group.abort()
         raise
     finally:
-        controller.notices.stop()
+        controller.notices._stop_watcher()
         loop.close()
         asyncio.events._set_running_loop(outer)
 

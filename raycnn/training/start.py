@@ -7,7 +7,7 @@ from typing import Any
 
 from raycnn import data
 from raycnn.config import GIB, ImageSpec, PackConfig, TrainConfig, make
-from raycnn.errors import ConfigError, DataError, Status, StorageError
+from raycnn.errors import ConfigError, DataError, Status, StorageError, in_words
 from raycnn.shards import UNREADABLE, Collection, PackedCollection, open_collection
 from raycnn.shards.order import lanes_for
 from raycnn.storage import Store, contains, open_store
@@ -22,7 +22,6 @@ from raycnn.training.folder import (
     check_before_packing,
     claimed,
     ended,
-    in_words,
     repeat_command,
     resume_at,
 )
